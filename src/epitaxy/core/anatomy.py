@@ -1,0 +1,225 @@
+"""Where things are in a model: roles (``attention.q``, ``mlp``, ``block``, ``norm`` ...) resolved from its structure.
+
+This is the only place that knows model families.  A ``Layout`` describes one kind of transformer block by the
+relative paths of its parts; ``describe`` finds every module that fits a layout.  Users describe an unusual model by
+writing a ``Layout`` of their own and passing it to ``attach``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from epitaxy.core.errors import SiteError, nearest
+from epitaxy.core.layouts import BLOCK_LAYOUTS, HEAD_PATHS, OUTER_ROLES, Layout, Part
+
+TYPE_ROLES = ("norm", "bias", "linear", "conv")
+NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One place that plays a role.
+
+    ``path`` is the module whose output is the role's output; ``entry`` the module that receives the role's input,
+    where that is another one (BERT's feed-forward enters at ``intermediate`` and leaves at ``output.dense``).
+    """
+
+    path: str
+    layer: int | None = None
+    entry: str | None = None
+    heads: int | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The roles of one model: role name -> its spots in the order of the network."""
+
+    family: str
+    roles: Mapping[str, tuple[Spot, ...]]
+    causal: bool = False
+    trunk: str | None = None
+    token_obstacle: str | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        keys: dict[str, str] = {}
+        for role, spots in self.roles.items():
+            if role not in TYPE_ROLES:
+                for number, spot in enumerate(spots):
+                    keys.setdefault(spot.path, f"{role}.{number}")
+        object.__setattr__(self, "keys", keys)
+
+    def spots(self, role: str) -> tuple[Spot, ...]:
+        """Return the spots of ``role``; raises ``SiteError`` naming the nearest roles when the model has none."""
+        if role not in self.roles:
+            raise SiteError(f"{self.family} has no role {role!r}{nearest(role, self.roles)}")
+        return self.roles[role]
+
+
+def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
+    """Find the roles of ``model``; with ``layout`` given, blocks are recognised by it alone."""
+    modules = {path: module for path, module in model.named_modules() if not _is_ours(path)}
+    layouts = (layout,) if layout is not None else BLOCK_LAYOUTS
+    roles: dict[str, list[Spot]] = {}
+    layer = 0
+    blocks: list[tuple[str, Layout]] = []
+    for path, _ in _candidates(modules, layout):
+        fitting = next((known for known in layouts if _fits(path, known, modules)), None)
+        if fitting is None:
+            continue
+        blocks.append((path, fitting))
+        _add_block(roles, path, layer, fitting, modules)
+        layer += 1
+    if layout is not None and not blocks:
+        missing = sorted(layout.required())
+        raise SiteError(f"no module of {type(model).__name__} has the parts {missing} of the layout {layout.name!r}")
+    _add_outer(roles, modules, model)
+    _add_by_type(roles, modules)
+    trunk = _trunk(model, blocks, modules)
+    causal = trunk is not None and any(known.causal for _, known in blocks)
+    obstacle = next((known.token_obstacle for _, known in blocks if known.token_obstacle), None)
+    if not blocks:
+        obstacle = "it has no transformer blocks that were recognised"
+    obstacle = obstacle or _grid_obstacle(modules, blocks)
+    return Anatomy(_family(model), {role: tuple(spots) for role, spots in roles.items()}, causal, trunk, obstacle)
+
+
+def _is_ours(path: str) -> bool:
+    return path == "epitaxy" or path.startswith("epitaxy.") or ".epitaxy" in path
+
+
+def _candidates(modules: dict[str, nn.Module], layout: Layout | None) -> list[tuple[str, nn.Module]]:
+    if layout is not None and layout.pattern is not None:
+        return [(path, module) for path, module in modules.items() if re.fullmatch(layout.pattern, path)]
+    containers = {path for path, module in modules.items() if isinstance(module, (nn.ModuleList, nn.Sequential))}
+    return [(path, module) for path, module in modules.items() if path.rpartition(".")[0] in containers and path]
+
+
+def _fits(block: str, layout: Layout, modules: dict[str, nn.Module]) -> bool:
+    return all(f"{block}.{relative}" in modules for relative in layout.required())
+
+
+def _add_block(
+    roles: dict[str, list[Spot]], block: str, layer: int, layout: Layout, modules: dict[str, nn.Module]
+) -> None:
+    heads = _heads(modules, block, layout)
+    roles.setdefault("block", []).append(Spot(block, layer, heads=heads))
+    for role, part in layout.parts.items():
+        path = f"{block}.{part.exit}"
+        entry = f"{block}.{part.entry}" if part.entry is not None else None
+        if path not in modules or (entry is not None and entry not in modules):
+            continue
+        parts = {}
+        if role in ("attention", "cross_attention"):
+            parts = {
+                name: f"{block}.{layout.parts[key].exit}"
+                for name in ("q", "k", "v", "qkv", "output", "core")
+                if (key := f"{role}.{name}") in layout.parts and f"{block}.{layout.parts[key].exit}" in modules
+            }
+        roles.setdefault(role, []).append(Spot(path, layer, entry, heads, parts))
+
+
+def _heads(modules: dict[str, nn.Module], block: str, layout: Layout) -> int | None:
+    if isinstance(layout.heads, int):
+        return layout.heads
+    for part in ("attention.core", "attention"):
+        if part not in layout.parts:
+            continue
+        module = modules.get(f"{block}.{layout.parts[part].exit}")
+        for name in ("num_heads", "num_attention_heads", "heads"):
+            if isinstance(getattr(module, name, None), int):
+                return int(getattr(module, name))
+        config = getattr(module, "config", None)
+        heads = getattr(config, "num_attention_heads", None)
+        if isinstance(heads, int):
+            return heads
+    return None
+
+
+def _add_outer(roles: dict[str, list[Spot]], modules: dict[str, nn.Module], model: nn.Module) -> None:
+    for role, patterns in OUTER_ROLES.items():
+        taken = {spot.path for spots in roles.values() for spot in spots}
+        for path in modules:
+            if path not in taken and any(re.fullmatch(pattern, path) for pattern in patterns):
+                roles.setdefault(role, []).append(Spot(path))
+    for path in HEAD_PATHS:
+        if isinstance(modules.get(path), nn.Linear):
+            roles["head"] = [Spot(path)]
+            break
+    else:
+        get = getattr(model, "get_output_embeddings", None)
+        output = get() if callable(get) else None
+        for path, module in modules.items():
+            if output is not None and module is output:
+                roles["head"] = [Spot(path)]
+
+
+def _add_by_type(roles: dict[str, list[Spot]], modules: dict[str, nn.Module]) -> None:
+    """The roles that ask what a module *is*, not where: every norm, every bias, every linear map and convolution."""
+    layers = {spot.path: spot.layer for spots in roles.values() for spot in spots}
+    heads = {spot.path for spot in roles.get("head", ())}
+    for path, module in modules.items():
+        layer = layers.get(path, _layer_of(path, roles))
+        spot = Spot(path, layer)
+        if is_norm(module):
+            roles.setdefault("norm", []).append(spot)
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter) and bias.dim() == 1 and path not in heads:
+            roles.setdefault("bias", []).append(spot)
+        if is_linear(module) and path not in heads:
+            roles.setdefault("linear", []).append(spot)
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            roles.setdefault("conv", []).append(spot)
+
+
+def _layer_of(path: str, roles: dict[str, list[Spot]]) -> int | None:
+    return next((spot.layer for spot in roles.get("block", ()) if path.startswith(spot.path + ".")), None)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a normalisation with a learned weight, by type or (for RMSNorm copies) by name."""
+    weight = getattr(module, "weight", None)
+    named = type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+    return (isinstance(module, NORM_TYPES) or named) and isinstance(weight, nn.Parameter) and weight.dim() == 1
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear map; GPT-2's ``Conv1D`` (weights stored in x out) counts."""
+    return isinstance(module, nn.Linear) or is_transposed_linear(module)
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether the weight is stored ``in x out``, as in GPT-2."""
+    return type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None
+
+
+def _trunk(model: nn.Module, blocks: list[tuple[str, Layout]], modules: dict[str, nn.Module]) -> str | None:
+    """Path of the inner decoder that takes ``input_ids`` and returns hidden states, for causal language models."""
+    if not any(known.causal for _, known in blocks):
+        return None
+    for path, module in modules.items():
+        if path and callable(getattr(module, "get_input_embeddings", None)) and blocks[0][0].startswith(path + "."):
+            return path
+    return "" if callable(getattr(model, "get_input_embeddings", None)) else None
+
+
+def _grid_obstacle(modules: dict[str, nn.Module], blocks: list[tuple[str, Layout]]) -> str | None:
+    for path, _ in blocks:
+        parent = path.rpartition(".")[0].rpartition(".")[0]
+        if "windows" in type(modules[path]).__name__.lower() or hasattr(modules[path], "window_size"):
+            return f"the blocks of {type(modules.get(parent, modules[path])).__name__} work on windows of a fixed grid"
+    return None
+
+
+def _family(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    return str(kind) if kind else type(model).__name__
+
+
+__all__ = ["Anatomy", "Layout", "Part", "Spot", "describe", "is_linear", "is_norm", "is_transposed_linear"]

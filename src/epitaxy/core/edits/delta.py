@@ -1,0 +1,158 @@
+"""Delta: a low-rank additive change to the weight of a linear map or a convolution.
+
+``y + scale * up(down(x))``, the form of LoRA (Hu et al. 2021, 2106.09685).  For a k x k convolution ``down`` is a
+k x k convolution to ``rank`` channels with the host's stride, padding and dilation, and ``up`` is 1 x 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from epitaxy.core.anatomy import is_linear, is_transposed_linear
+from epitaxy.core.edits.edit import Edit, cast, refuse_quantised
+from epitaxy.core.errors import SiteError, UnsupportedError
+from epitaxy.core.route import Route
+
+Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Delta(Edit):
+    """Low-rank change of one weight.
+
+    ``down``: ``rank x in`` (for a convolution ``rank x in x k...``); ``up``: ``out x rank``.  ``up`` starts at zero.
+    A generator may instead ``bind`` tensors of the same shapes, or with a leading batch dimension: one change per
+    row of the batch; gradients flow into them.
+    """
+
+    mergeable = True
+
+    def __init__(self, host: nn.Module, rank: int, scale: float = 1.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        if rank < 1:
+            raise SiteError(f"rank must be at least 1, got {rank}")
+        if is_linear(host):
+            weight = host.weight
+            size_in, size_out = weight.shape if is_transposed_linear(host) else reversed(weight.shape)
+            if not isinstance(host, nn.Linear) or torch.is_floating_point(weight):
+                shape: tuple[int, ...] = (int(size_in),)
+            else:  # a quantised weight is packed: its shape says nothing
+                shape, size_out = (host.in_features,), host.out_features
+        elif isinstance(host, Convolution):
+            if host.groups != 1:
+                raise SiteError(f"a low-rank change of a convolution in {host.groups} groups is not defined here")
+            shape, size_out = (host.in_channels, *host.kernel_size), host.out_channels
+        else:
+            raise SiteError(f"a low-rank change needs a linear map or a convolution, found {type(host).__name__}")
+        self.rank, self.scale, self.dropout = rank, float(scale), float(dropout)
+        self.down = nn.Parameter(torch.empty(rank, *shape))
+        self.up = nn.Parameter(torch.zeros(int(size_out), rank))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self._bound: tuple[Tensor, Tensor] | None = None
+        self._members: Tensor | None = None
+
+    def bind(self, down: Tensor | None, up: Tensor | None = None) -> None:
+        """Use these tensors instead of the parameters until ``bind(None)``."""
+        self._bound = None if down is None or up is None else (down, up)
+
+    def rows(self, members: Tensor) -> None:
+        self._members = members
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The tensors in use: bound ones, else the parameters."""
+        return self._bound if self._bound is not None else (self.down, self.up)
+
+    def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        down, up = self.factors()
+        members, self._members = self._members, None
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        if up.dim() == 3:
+            if members is not None:
+                down, up = down[members], up[members]
+            return add_per_row(host, x, y, down, up * self.scale)
+        if isinstance(host, Convolution):
+            low = host._conv_forward(x, cast(down, x), None)
+            return y + _pointwise(low, up * self.scale)
+        down, up = cast(down, x), cast(up, y)
+        low = F.linear(x, down)
+        if y.dim() == 2:
+            return torch.addmm(y, low.to(y.dtype), up.t(), alpha=self.scale)
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, self.rank).to(y.dtype), up.t(), alpha=self.scale)
+        return flat.view(y.shape)
+
+    def mergeable_into(self, host: nn.Module) -> None:
+        refuse_quantised(host)
+        if self._bound is not None and self._bound[1].dim() == 3:
+            raise UnsupportedError("a change that differs from row to row of a batch cannot be merged into one weight")
+
+    def change(self) -> Tensor:
+        """The full change of the weight, ``out x in (x k...)``, in fp32."""
+        down, up = (factor.float() for factor in self.factors())
+        return torch.tensordot(up, down, dims=1) * self.scale
+
+    def merged(self, host: nn.Module) -> Mapping[str, Tensor]:
+        change = self.change().to(host.weight.device)
+        if is_transposed_linear(host):
+            change = change.t()
+        return {"weight": host.weight.detach().float() + change}
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}"
+
+
+def _pointwise(low: Tensor, up: Tensor) -> Tensor:
+    """``up`` as a 1 x 1 convolution of any dimension: b r ... -> b out ..."""
+    weight = cast(up, low).reshape(*up.shape, *(1,) * (low.dim() - 2))
+    return (F.conv1d, F.conv2d, F.conv3d)[low.dim() - 3](low, weight)
+
+
+def add_per_row(host: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Add another low-rank change to every row; ``down``: b r in, ``up``: b out r."""
+    down, up = cast(down, x), cast(up, y)
+    if isinstance(host, Convolution):
+        low = torch.stack([host._conv_forward(row, weight, None) for row, weight in zip(x, down, strict=True)])
+        flat = low.flatten(2)  # b r positions
+        return y + torch.bmm(up, flat.to(up.dtype)).view(y.shape)
+    if x.dim() == 2:
+        low = torch.bmm(down, x.unsqueeze(2))  # b r 1
+        return y + torch.bmm(up, low.to(up.dtype)).squeeze(2)
+    rows = x.reshape(x.shape[0], -1, x.shape[-1])  # b t in
+    low = torch.bmm(rows, down.transpose(1, 2)).to(up.dtype)  # b t r
+    return torch.baddbmm(y.reshape(rows.shape[0], -1, y.shape[-1]), low, up.transpose(1, 2)).view(y.shape)
+
+
+def route_deltas(group: Mapping[int, Delta], route: Route, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """All routed rows in one batched product, whatever the number of adapters; ranks are padded with zeros.
+
+    Rows without an adapter read the last, all-zero entry of the stack.
+    """
+    index = route.expanded(x.shape[0], x.device)
+    cached = None if torch.is_grad_enabled() else route.stacks.get(id(host))
+    if cached is None:
+        cached = _stack(group, len(route.names))
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            route.stacks[id(host)] = cached
+    down, up = cached
+    return add_per_row(host, x, y, down[index], up[index])
+
+
+def _stack(group: Mapping[int, Delta], count: int) -> tuple[Tensor, Tensor]:
+    rank = max(edit.rank for edit in group.values())
+    some = next(iter(group.values()))
+    downs, ups = [], []
+    for number in range(count + 1):
+        edit = group.get(number)
+        if edit is None:
+            downs.append(torch.zeros_like(some.down[:1]).expand(rank, *some.down.shape[1:]))
+            ups.append(torch.zeros_like(some.up[:, :1]).expand(-1, rank))
+            continue
+        extra = rank - edit.rank
+        downs.append(torch.cat([edit.down, edit.down.new_zeros(extra, *edit.down.shape[1:])]) if extra else edit.down)
+        up = edit.up * edit.scale
+        ups.append(torch.cat([up, up.new_zeros(up.shape[0], extra)], dim=1) if extra else up)
+    return torch.stack(downs), torch.stack(ups)

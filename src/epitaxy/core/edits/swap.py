@@ -1,0 +1,127 @@
+"""Swap: parameters of the base replaced by trained values, without touching the base.
+
+The new values are applied as ``output + f(new) - f(old)``, which is exactly the base at the start, adds up when
+several adapters swap the same parameter, and is written into the base only by a merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from epitaxy.core.anatomy import is_linear, is_norm, is_transposed_linear
+from epitaxy.core.edits.edit import Edit, cast, refuse_quantised
+from epitaxy.core.errors import SiteError, UnsupportedError
+
+
+class Swap(Edit):
+    """Trained replacements of 1-D parameters of a host: the bias of any module, weight and bias of a norm."""
+
+    mergeable = True
+
+    def __init__(self, host: nn.Module, names: Sequence[str] = ("bias",)) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        for name in self.names:
+            base = getattr(host, name, None)
+            if not isinstance(base, Tensor) or base.dim() != 1:
+                raise SiteError(f"{type(host).__name__} has no one-dimensional parameter {name!r} to replace")
+            if name != "bias" and not is_norm(host):
+                raise SiteError(f"only a norm's weight can be swapped, not that of {type(host).__name__}")
+            kind = torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype
+            self.register_parameter(name, nn.Parameter(base.detach().clone().to(kind)))
+
+    def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        changes = {name: getattr(self, name) - getattr(host, name) for name in self.names}
+        if "weight" in changes:
+            return y + _norm_change(host, x, changes["weight"], changes.get("bias")).to(y.dtype)
+        return y + _along_channels(host, cast(changes["bias"], y), y.dim())
+
+    def mergeable_into(self, host: nn.Module) -> None:
+        if "weight" in self.names:
+            refuse_quantised(host)
+
+    def merged(self, host: nn.Module) -> Mapping[str, Tensor]:
+        return {name: getattr(self, name).detach() for name in self.names}
+
+    def extra_repr(self) -> str:
+        return ", ".join(self.names)
+
+
+class Replace(Edit):
+    """A task head: the host's output is that of a new linear map, of any number of outputs."""
+
+    mergeable = True
+    exclusive = True
+
+    def __init__(self, host: nn.Module, outputs: int | None = None) -> None:
+        super().__init__()
+        if not is_linear(host):
+            raise SiteError(f"a head replaces a linear map, found {type(host).__name__}")
+        weight = host.weight.detach().t() if is_transposed_linear(host) else host.weight.detach()
+        same = outputs is None or outputs == weight.shape[0]
+        bias = getattr(host, "bias", None)
+        count = weight.shape[0] if outputs is None else outputs
+        self.linear = nn.Linear(weight.shape[1], count, bias=bias is not None or not same)
+        if same:
+            with torch.no_grad():
+                self.linear.weight.copy_(weight)
+                if bias is not None:
+                    self.linear.bias.copy_(bias)
+        else:
+            nn.init.trunc_normal_(self.linear.weight, std=0.02)
+            nn.init.zeros_(self.linear.bias)
+
+    def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        bias = self.linear.bias
+        return F.linear(x, cast(self.linear.weight, x), None if bias is None else cast(bias, x))
+
+    def mergeable_into(self, host: nn.Module) -> None:
+        refuse_quantised(host)
+        if getattr(host, "bias", None) is None and self.linear.bias is not None:
+            raise UnsupportedError(
+                f"cannot merge a trained head into {type(host).__name__}: the base's output layer has no bias"
+            )
+
+    def merged(self, host: nn.Module) -> Mapping[str, Tensor]:
+        weight = self.linear.weight.detach()
+        new = {"weight": weight.t() if is_transposed_linear(host) else weight}
+        if self.linear.bias is not None:
+            new["bias"] = self.linear.bias.detach()
+        return new
+
+
+class _View:
+    """Looks like ``host`` with another weight; lets a norm of unknown class compute with it."""
+
+    def __init__(self, host: nn.Module, **replaced: Any) -> None:
+        self.__dict__.update(host.__dict__)
+        self.__dict__.update({**host._parameters, **host._buffers, **replaced})
+
+
+def _norm_change(host: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Norms are linear in weight and bias: the change of the output is the norm computed with the changes."""
+    weight = cast(weight, x)
+    bias = cast(bias, x) if bias is not None else None
+    if type(host) is nn.LayerNorm:
+        return F.layer_norm(x, host.normalized_shape, weight, bias, host.eps)
+    if type(host) is nn.GroupNorm:
+        return F.group_norm(x, host.num_groups, weight, bias, host.eps)
+    if isinstance(host, nn.modules.batchnorm._BatchNorm):
+        change = F.batch_norm(x, host.running_mean, host.running_var, weight, bias, False, 0.0, host.eps)
+        return change
+    replaced: dict[str, Any] = {"weight": weight}
+    if bias is not None:
+        replaced["bias"] = bias
+    change = type(host).forward(_View(host, **replaced), x)  # type: ignore[arg-type]
+    origin = type(host).forward(_View(host, weight=torch.zeros_like(weight)), x)  # type: ignore[arg-type]
+    return change - origin  # Gemma's norm multiplies by (1 + weight): zero weight is not zero output
+
+
+def _along_channels(host: nn.Module, vector: Tensor, dimensions: int) -> Tensor:
+    channel_second = isinstance(host, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
+    return vector.view(-1, *(1,) * (dimensions - 2)) if channel_second else vector

@@ -1,0 +1,311 @@
+"""Adapters on disk: a directory with ``adapter.safetensors``, ``adapter.json`` and a model card.
+
+The tensor file carries the whole config in its header, so one atomic replacement of it is a complete save; the JSON
+file repeats it for people.  Loading is strict: every tensor is used, every place filled, the base checked, and a
+file that does not pass leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epitaxy.core.adapter import Adapter
+from epitaxy.core.errors import EpitaxyError, FormatError, StateError, nearest
+from epitaxy.core.fingerprint import check_base, fingerprint
+from epitaxy.core.host import attach, detach, hosted, require, unwrap
+from epitaxy.core.registry import from_config
+
+SCHEMA = 1
+TENSORS, CONFIG, CARD = "adapter.safetensors", "adapter.json", "README.md"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format: how to recognise, read, write and inspect it."""
+
+    name: str
+    recognises: Callable[[Path], bool]
+    read: Callable[[nn.Module, Path, str], Adapter]
+    write: Callable[[nn.Module, Path, str], None] | None
+    inspect: Callable[[Path], Contents]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds, read without a model."""
+
+    path: Path
+    format: str
+    name: str
+    methods: list[dict[str, Any]]
+    base: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    bytes: int
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored values."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    def __str__(self) -> str:
+        methods = "\n".join(
+            "  " + ", ".join(f"{key}={value}" for key, value in method.items()) for method in self.methods
+        )
+        base = ", ".join(f"{key} {value}" for key, value in self.base.items() if value)
+        return (
+            f"{self.path}: {self.format} adapter {self.name!r}\n{methods}\n  base: {base}\n"
+            f"  {len(self.shapes)} tensors, {self.parameters:,} values, {self.bytes:,} bytes"
+        )
+
+
+_FORMATS: dict[str, Format] = {}
+
+
+def register_format(entry: Format) -> None:
+    """Add a format; later ones are asked first."""
+    _FORMATS[entry.name] = entry
+
+
+def format_named(name: str) -> Format:
+    """The format called ``name``."""
+    if name not in _FORMATS:
+        raise EpitaxyError(f"no format is called {name!r}{nearest(name, _FORMATS)}")
+    return _FORMATS[name]
+
+
+def recognise(path: Path) -> Format:
+    """The format of what lies at ``path``; raises ``FormatError`` when it is none we read."""
+    if not path.exists():
+        raise FormatError(f"{path}: no such file or directory")
+    for entry in reversed(_FORMATS.values()):
+        if entry.recognises(path):
+            return entry
+    found = ", ".join(sorted(item.name for item in path.iterdir())[:8]) if path.is_dir() else path.name
+    raise FormatError(f"{path}: not an adapter in a known format ({', '.join(_FORMATS)}); found {found or 'nothing'}")
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, format: str = "epitaxy") -> Path:
+    """Write one adapter of ``model`` to the directory ``path``; ``format`` may name another program's format.
+
+    What is written is read back and compared before this returns.  Returns the directory.
+    """
+    target, record = Path(path), require(model)
+    if name is None:
+        if len(record.adapters) != 1:
+            raise StateError(f"say which adapter to save: {', '.join(record.adapters)}")
+        name = next(iter(record.adapters))
+    require(model, name)
+    entry = format_named(format)
+    if entry.write is None:
+        raise EpitaxyError(f"format {format!r} can be read but not written")
+    for key, tensor in record.adapters[name].tensors().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise StateError(f"adapter {name!r} is not saved: {key} holds NaN or infinite values")
+    entry.write(unwrap(model), target, name)
+    return target
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, trainable: bool = False) -> Adapter:
+    """Read an adapter from ``path``, whatever its format, put it on ``model`` and make it the active one.
+
+    ``name`` defaults to the one in the file.  Raises ``FormatError`` naming the file and what is wrong with it; the
+    model is then unchanged.  A loaded adapter is frozen unless ``trainable``.
+    """
+    source = Path(path)
+    entry = recognise(source)
+    adapter = entry.read(unwrap(model), source, name or entry.inspect(source).name)
+    adapter.trainable = trainable
+    return adapter
+
+
+def inspect(path: str | os.PathLike[str]) -> Contents:
+    """Tell what adapter lies at ``path`` without loading a model."""
+    source = Path(path)
+    return recognise(source).inspect(source)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside the target, flush to disk, then replace: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; raises ``FormatError`` on anything else, pickles included."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: {_why_unreadable(path, error)}") from None
+    return tensors, metadata
+
+
+def read_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes and metadata of a safetensors file, without reading its tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stream:
+            shapes = {key: tuple(stream.get_slice(key).get_shape()) for key in stream.keys()}  # noqa: SIM118
+            return shapes, stream.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: {_why_unreadable(path, error)}") from None
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    if not path.is_file():
+        return "no such file"
+    start = path.read_bytes()[:4]
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return "a pickle, which is never opened; expected safetensors"
+    if path.stat().st_size == 0:
+        return "the file is empty; expected safetensors"
+    return f"truncated or not a safetensors file ({str(error).splitlines()[0]})"
+
+
+def _tensor_file(path: Path) -> Path:
+    return path / TENSORS if path.is_dir() else path
+
+
+def _recognises(path: Path) -> bool:
+    if path.is_dir():
+        return (path / TENSORS).exists() or (path / CONFIG).exists()
+    return path.name == TENSORS
+
+
+def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    shapes, metadata = read_shapes(path)
+    if metadata.get("format") != "epitaxy":
+        raise FormatError(f"{path}: a safetensors file that is not from epitaxy (its header has no format mark)")
+    try:
+        config = json.loads(metadata["config"])
+        schema = int(config["schema"])
+        missing = [key for key in ("name", "methods", "base") if key not in config]
+    except (KeyError, TypeError, ValueError):
+        raise FormatError(f"{path}: its header has no readable config") from None
+    if schema > SCHEMA:
+        raise FormatError(f"{path}: written in schema {schema} by a newer epitaxy; this one reads up to {SCHEMA}")
+    if missing:
+        raise FormatError(f"{path}: its config lacks {', '.join(missing)}")
+    return shapes, config
+
+
+def _inspect(path: Path) -> Contents:
+    file = _tensor_file(path)
+    shapes, config = _header(file)
+    return Contents(
+        path,
+        "epitaxy",
+        config["name"],
+        config["methods"],
+        config["base"],
+        shapes,
+        file.stat().st_size,
+        config.get("provenance", {}),
+    )
+
+
+def _write(model: nn.Module, target: Path, name: str) -> None:
+    from safetensors.torch import save as serialise
+
+    from epitaxy import __version__
+    from epitaxy.core.card import render
+
+    record = require(model, name)
+    adapter = record.adapters[name]
+    if target.exists() and not target.is_dir():
+        raise FormatError(f"{target}: expected a directory to save into, found a file")
+    config = {
+        "schema": SCHEMA,
+        "name": name,
+        "methods": adapter.config,
+        "base": fingerprint(model).to_dict(),
+        "provenance": {**adapter.provenance, "epitaxy": __version__, "torch": torch.__version__},
+    }
+    text = json.dumps(config, sort_keys=True)
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in adapter.tensors().items()}
+    write_atomically(target / TENSORS, serialise(tensors, {"format": "epitaxy", "config": text}))
+    write_atomically(target / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    if not (target / CARD).exists():
+        write_atomically(target / CARD, render(config, adapter.size()).encode())
+    again, _ = read_tensors(target / TENSORS)
+    if again.keys() != tensors.keys() or any(not torch.equal(again[key], tensors[key]) for key in tensors):
+        raise FormatError(f"{target / TENSORS}: what was written does not read back; the disk may be full or failing")
+
+
+def _read(model: nn.Module, path: Path, name: str) -> Adapter:
+    file = _tensor_file(path)
+    if not file.exists():
+        raise FormatError(f"{path}: {CONFIG} is there but {TENSORS} is missing")
+    _, config = _header(file)
+    tensors, _ = read_tensors(file)
+    warning = check_base(config["base"], fingerprint(model), str(file))
+    try:
+        method = from_config(config["methods"])
+    except EpitaxyError as error:
+        raise FormatError(f"{file}: {error}") from None
+    record = hosted(model)
+    previous = record.state.active if record is not None else ()
+    try:
+        adapter = attach(model, method, name)
+    except EpitaxyError as error:
+        raise type(error)(f"{file}: {error}") from None
+    try:
+        fill(adapter, tensors, str(file))
+    except EpitaxyError:
+        detach(model, name)
+        if record is not None:
+            record.state.active = previous
+        raise
+    adapter.provenance = dict(config.get("provenance", {}))
+    if warning:
+        warnings.warn(warning, stacklevel=4)
+    return adapter
+
+
+def fill(adapter: Adapter, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``tensors`` into an adapter: every tensor used, every place filled, shapes equal, values finite."""
+    places = adapter.tensors()
+    missing, extra = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
+    if missing:
+        raise FormatError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+    if extra:
+        raise FormatError(f"{source}: {len(extra)} tensors have no place in this adapter, the first is {extra[0]!r}")
+    for key, place in places.items():
+        if tensors[key].shape != place.shape:
+            raise FormatError(
+                f"{source}: {key!r} has shape {tuple(tensors[key].shape)}, this model needs {tuple(place.shape)}"
+            )
+        if torch.is_floating_point(tensors[key]) and not bool(torch.isfinite(tensors[key]).all()):
+            raise FormatError(f"{source}: {key!r} holds NaN or infinite values")
+    for key, place in places.items():
+        place.copy_(tensors[key])
+
+
+register_format(Format("epitaxy", _recognises, _read, _write, _inspect))

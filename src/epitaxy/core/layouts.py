@@ -1,0 +1,238 @@
+"""The kinds of transformer block in use, each as a table role -> relative path.
+
+One row per structure, not per model: ViT, AST and DeiT share a row, so do Llama, Mistral and Qwen.  Where queries,
+keys and values are one matrix, all three names mean that matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Part:
+    """A role's place inside a block: where its output leaves and, if elsewhere, where its input enters."""
+
+    exit: str
+    entry: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of block is built.
+
+    ``roles`` maps role names to relative paths (``"attn.q"``), or to ``Part``s where entry and exit differ.
+    ``pattern`` is a regular expression for block paths, for models whose blocks are not in a ``ModuleList``.
+    """
+
+    name: str
+    roles: Mapping[str, Part | str]
+    optional: frozenset[str] = frozenset()
+    causal: bool = False
+    heads: int | None = None
+    pattern: str | None = None
+    token_obstacle: str | None = None
+    parts: Mapping[str, Part] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        parts = {role: part if isinstance(part, Part) else Part(part) for role, part in self.roles.items()}
+        object.__setattr__(self, "parts", parts)
+
+    def required(self) -> set[str]:
+        """Relative paths a module must have to be a block of this layout."""
+        needed = {role: part for role, part in self.parts.items() if role not in self.optional}
+        return {part.exit for part in needed.values()} | {part.entry for part in needed.values() if part.entry}
+
+
+def _layout(
+    name: str,
+    roles: Mapping[str, str | Part],
+    optional: str = "",
+    causal: bool = False,
+    token_obstacle: str | None = None,
+) -> Layout:
+    return Layout(name, roles, frozenset(optional.split()), causal, token_obstacle=token_obstacle)
+
+
+def _projections(module: str, names: str, prefix: str = "attention") -> dict[str, str]:
+    roles = ("q", "k", "v", "output")
+    return {f"{prefix}.{role}": f"{module}.{name}" for role, name in zip(roles, names.split(), strict=True)}
+
+
+def _fused(module: str, qkv: str, output: str) -> dict[str, str]:
+    return {
+        **{f"attention.{role}": f"{module}.{qkv}" for role in ("q", "k", "v", "qkv")},
+        "attention.output": f"{module}.{output}",
+    }
+
+
+def _joined(module: str, names: str, core: str | None = None) -> dict[str, str | Part]:
+    return {"attention": module, "attention.core": core or module, **_projections(module, names)}
+
+
+BLOCK_LAYOUTS: tuple[Layout, ...] = (
+    _layout(  # ViT, AST, DeiT, Swin
+        "vision transformer",
+        {
+            **_joined("attention", "q_proj k_proj v_proj o_proj"),
+            "mlp": "mlp",
+            "mlp.up": "mlp.fc1",
+            "mlp.down": "mlp.fc2",
+            "norm.attention": "layernorm_before",
+            "norm.mlp": "layernorm_after",
+        },
+    ),
+    _layout(
+        "dinov2",
+        {
+            **_joined("attention", "q_proj k_proj v_proj o_proj"),
+            "mlp": "mlp",
+            "mlp.up": "mlp.fc1",
+            "mlp.down": "mlp.fc2",
+            "norm.attention": "norm1",
+            "norm.mlp": "norm2",
+        },
+        optional="mlp.up mlp.down",
+    ),
+    _layout(
+        "wav2vec2",
+        {
+            **_joined("attention", "q_proj k_proj v_proj out_proj"),
+            "mlp": "feed_forward",
+            "mlp.up": "feed_forward.intermediate_dense",
+            "mlp.down": "feed_forward.output_dense",
+            "norm.attention": "layer_norm",
+            "norm.mlp": "final_layer_norm",
+        },
+    ),
+    _layout(  # Whisper, BART
+        "encoder-decoder layer",
+        {
+            **_joined("self_attn", "q_proj k_proj v_proj out_proj"),
+            "cross_attention": "encoder_attn",
+            **_projections("encoder_attn", "q_proj k_proj v_proj out_proj", "cross_attention"),
+            "mlp": Part("fc2", entry="fc1"),
+            "mlp.up": "fc1",
+            "mlp.down": "fc2",
+            "norm.attention": "self_attn_layer_norm",
+            "norm.cross_attention": "encoder_attn_layer_norm",
+            "norm.mlp": "final_layer_norm",
+        },
+        optional="cross_attention cross_attention.q cross_attention.k cross_attention.v cross_attention.output "
+        "norm.cross_attention",
+    ),
+    _layout(
+        "clip",
+        {
+            **_joined("self_attn", "q_proj k_proj v_proj out_proj"),
+            "mlp": "mlp",
+            "mlp.up": "mlp.fc1",
+            "mlp.down": "mlp.fc2",
+            "norm.attention": "layer_norm1",
+            "norm.mlp": "layer_norm2",
+        },
+    ),
+    _layout(
+        "bert",
+        {
+            "attention": Part("attention.output.dense", entry="attention"),
+            "attention.core": "attention.self",
+            "attention.q": "attention.self.query",
+            "attention.k": "attention.self.key",
+            "attention.v": "attention.self.value",
+            "attention.output": "attention.output.dense",
+            "mlp": Part("output.dense", entry="intermediate"),
+            "mlp.up": "intermediate.dense",
+            "mlp.down": "output.dense",
+            "norm.attention": "attention.output.LayerNorm",
+            "norm.mlp": "output.LayerNorm",
+        },
+    ),
+    _layout(  # Llama, Mistral, Qwen, SmolLM
+        "llama",
+        {
+            **_joined("self_attn", "q_proj k_proj v_proj o_proj"),
+            "mlp": "mlp",
+            "mlp.gate": "mlp.gate_proj",
+            "mlp.up": "mlp.up_proj",
+            "mlp.down": "mlp.down_proj",
+            "norm.attention": "input_layernorm",
+            "norm.mlp": "post_attention_layernorm",
+        },
+        causal=True,
+    ),
+    _layout(
+        "gpt2",
+        {
+            "attention": "attn",
+            "attention.core": "attn",
+            **_fused("attn", "c_attn", "c_proj"),
+            "mlp": "mlp",
+            "mlp.up": "mlp.c_fc",
+            "mlp.down": "mlp.c_proj",
+            "norm.attention": "ln_1",
+            "norm.mlp": "ln_2",
+        },
+        causal=True,
+    ),
+    _layout(  # UNets and diffusion transformers of diffusers
+        "diffusers block",
+        {
+            **_joined("attn1", "to_q to_k to_v to_out.0"),
+            "cross_attention": "attn2",
+            "cross_attention.core": "attn2",
+            **_projections("attn2", "to_q to_k to_v to_out.0", "cross_attention"),
+            "mlp": "ff",
+            "mlp.up": "ff.net.0.proj",
+            "mlp.down": "ff.net.2",
+            "norm.attention": "norm1",
+            "norm.cross_attention": "norm2",
+            "norm.mlp": "norm3",
+        },
+        token_obstacle="its sequences are pictures, and every token must come back to its place",
+    ),
+    _layout(
+        "timm",
+        {
+            "attention": "attn",
+            "attention.core": "attn",
+            **_fused("attn", "qkv", "proj"),
+            "mlp": "mlp",
+            "mlp.up": "mlp.fc1",
+            "mlp.down": "mlp.fc2",
+            "norm.attention": "norm1",
+            "norm.mlp": "norm2",
+        },
+    ),
+)
+
+OUTER_ROLES: dict[str, tuple[str, ...]] = {
+    "resnet.norm": (r"(.*\.)?resnets\.\d+\.norm[12]",),
+    "resnet.conv": (r"(.*\.)?resnets\.\d+\.conv[12]",),
+    "resnet.shortcut": (r"(.*\.)?resnets\.\d+\.conv_shortcut",),
+    "sampler.conv": (r"(.*\.)?(down|up)samplers\.\d+\.conv",),
+    "attention.norm": (r"(.*\.)?attentions\.\d+\.norm",),
+    "attention.proj_in": (r"(.*\.)?attentions\.\d+\.proj_in",),
+    "attention.proj_out": (r"(.*\.)?attentions\.\d+\.proj_out",),
+    "patch": (r"(.*\.)?patch_embeddings\.projection", r"(.*\.)?patch_embed\.proj"),
+    "embed": (r"(.*\.)?(embed_tokens|wte|word_embeddings)",),
+    "norm.final": (
+        r"(.*\.)?(layernorm|ln_f|norm)",
+        r"(encoder|.*\.encoder|decoder|.*\.decoder)\.(layer_norm|norm)",
+        r"conv_norm_out",
+    ),
+}
+
+HEAD_PATHS = (
+    "classifier",
+    "classifier.dense",
+    "classifier.out_proj",
+    "score",
+    "lm_head",
+    "proj_out",
+    "head",
+    "fc",
+)
+
+__all__ = ["BLOCK_LAYOUTS", "HEAD_PATHS", "Layout", "OUTER_ROLES", "Part"]

@@ -1,0 +1,37 @@
+"""LoRA: a low-rank change of frozen weights.  Hu et al. 2021 (2106.09685); rank-stabilised scale: Kalajdzievski 2023.
+
+``W + (alpha / rank) B A`` with ``A`` random and ``B`` zero; rsLoRA (2312.03732) divides by ``sqrt(rank)`` instead.
+Works on linear maps (GPT-2's transposed ones too) and on convolutions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from epitaxy.core.edits import Delta, Edit
+from epitaxy.core.registry import method
+from epitaxy.core.sites import Site
+
+
+@method("lora")
+@dataclass(frozen=True)
+class LoRA:
+    """``rank`` of the change, ``alpha`` (default: the rank, a scale of one), ``dropout`` on what the change reads."""
+
+    at: str | tuple[str, ...] = ("attention.q", "attention.v")
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    rank_stabilised: bool = False
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def scale(self) -> float:
+        """Factor of ``B A``."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def edits(self, site: Site) -> Iterator[Edit]:
+        yield Delta(site.module, self.rank, self.scale, self.dropout)

@@ -1,0 +1,47 @@
+"""Prefix tuning: learned keys and values in every attention layer.  Li & Liang 2021 (2101.00190).
+
+``gated`` uses a softmax of its own over the prefix, times a gate that starts at zero (LLaMA-Adapter, Zhang et al.
+2023, 2303.16199): a fresh adapter then changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from epitaxy.core.edits import DecoupledKV, Edit, JointKV
+from epitaxy.core.edits.kv import projection_width
+from epitaxy.core.errors import EpitaxyError, SiteError
+from epitaxy.core.registry import method
+from epitaxy.core.sites import Site
+
+
+@method(
+    "prefix",
+    cannot={
+        "identity": "the prefix takes part in the softmax from the start; a gated prefix does not",
+        "merge": "keys and values are no change of a weight",
+    },
+)
+@dataclass(frozen=True)
+class Prefix:
+    """``tokens`` keys and values per layer."""
+
+    tokens: int = 10
+    gated: bool = False
+    spread: float = 0.02
+    at: str | tuple[str, ...] = "attention"
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise EpitaxyError(f"tokens must be at least 1, got {self.tokens}")
+
+    def edits(self, site: Site) -> Iterator[Edit]:
+        if not self.gated:
+            yield JointKV.of(site, self.tokens, self.spread)
+            return
+        if site.heads is None:
+            raise SiteError(f"cannot tell the number of heads of {site.path!r}; give it in a Layout")
+        width = projection_width(site, "q")
+        yield DecoupledKV(site.heads, width, tokens=self.tokens, gated=True, spread=self.spread)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from epitaxy.core.errors import SiteError, nearest
 from epitaxy.core.layouts import BLOCK_LAYOUTS, HEAD_PATHS, OUTER_ROLES, Layout, Part
@@ -193,6 +193,13 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed_linear(module)
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The module's weight, which its kind guarantees to be a tensor."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether the weight is stored ``in x out``, as in GPT-2."""
     return type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None
@@ -222,4 +229,4 @@ def _family(model: nn.Module) -> str:
     return str(kind) if kind else type(model).__name__
 
 
-__all__ = ["Anatomy", "Layout", "Part", "Spot", "describe", "is_linear", "is_norm", "is_transposed_linear"]
+__all__ = ["Anatomy", "Layout", "Part", "Spot", "describe", "is_linear", "is_norm", "is_transposed_linear", "weight_of"]

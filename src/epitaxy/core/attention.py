@@ -30,14 +30,19 @@ def attend_eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, m
     return _attend("eager", module, query, key, value, mask, kwargs)
 
 
-def use(model: nn.Module) -> str:
-    """Switch ``model`` to our implementation; returns the name of the one it had."""
+def register() -> None:
+    """Make our implementations known to transformers; once in every process that runs an adapted model."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     for name, function in (("sdpa", attend_sdpa), ("eager", attend_eager)):
         AttentionInterface.register(PREFIX + name, function)
         AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+
+
+def use(model: nn.Module) -> str:
+    """Switch ``model`` to our implementation; returns the name of the one it had."""
+    register()
     config: Any = model.config
     current = str(config._attn_implementation)
     if current.startswith(PREFIX):
@@ -123,7 +128,7 @@ def _causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
     return bool(causal) and query.shape[2] > 1
 
 
-def _both(seen: Tensor, mask: Any, query: Tensor) -> Tensor:
+def _both(seen: Tensor, mask: Tensor | None, query: Tensor) -> Tensor:
     """``seen`` (True: visible) and the layer's own mask, boolean or additive, together."""
     if mask is None:
         return seen

@@ -39,6 +39,11 @@ class Hosted:
         self.asked_gradient = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.stash: dict[str, dict[str, Tensor]] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.state.interface is not None:  # unpickled, perhaps in a process that never attached anything
+            attention.register()
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, out of ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``."""
@@ -168,9 +173,11 @@ def route(model: nn.Module, rows: Sequence[str | None], expand: str = "interleav
         if wanted in record.state.merged:
             raise StateError(f"adapter {wanted!r} is merged into the base; unmerge it before routing")
     pieces = [piece.module for wanted in plan.names for piece in record.adapters[wanted].pieces]
-    if any(isinstance(module, KeyMask) or getattr(module, "needs_attention_interface", False) for module in pieces):
-        if hasattr(model, "set_attn_implementation"):
-            _use_interface(model, record)
+    masked = any(
+        isinstance(module, KeyMask) or getattr(module, "needs_attention_interface", False) for module in pieces
+    )
+    if masked and hasattr(model, "set_attn_implementation"):
+        _use_interface(model, record)
     record.state.route = plan
     try:
         yield

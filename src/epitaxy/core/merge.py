@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epitaxy.core.adapter import Adapter
+from epitaxy.core.anatomy import weight_of
 from epitaxy.core.edits import Edit
 from epitaxy.core.errors import StateError, UnsupportedError
 from epitaxy.core.host import activate, require, unwrap
+from epitaxy.core.registry import methods_in
+from epitaxy.core.sites import width_in
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -56,26 +60,19 @@ def merge(
     require(model, name)
     if name in record.state.merged:
         raise StateError(f"adapter {name!r} is merged already")
-    pieces = [piece for piece in record.adapters[name].pieces if isinstance(piece.module, Edit)]
-    for piece in record.adapters[name].pieces:
-        if not isinstance(piece.module, Edit):
-            raise UnsupportedError(f"adapter {name!r} has a generator: what it adds depends on a context")
-        host = model.get_submodule(piece.path)
-        piece.module.mergeable_into(host)
-        _refuse_tied(model, host, piece.path)
-
+    edits = _mergeable(model, record.adapters[name])
     previous = record.state.active
     activate(model, name)
-    paths = list(dict.fromkeys(piece.path for piece in pieces))
+    paths = list(dict.fromkeys(path for path, _ in edits))
     before = _probe(model, paths, probe)
     stash: dict[str, Tensor] = {}
     try:
-        for piece in pieces:
-            host = model.get_submodule(piece.path)
-            for key, value in piece.module.merged(host).items():
+        for path, edit in edits:
+            host = model.get_submodule(path)
+            for key, value in edit.merged(host).items():
                 parameter = host._parameters[key]
                 assert parameter is not None
-                stash.setdefault(f"{piece.path}.{key}", parameter.detach().clone())
+                stash.setdefault(f"{path}.{key}", parameter.detach().clone())
                 _write(host, key, value)
         record.state.active = ()
         after = _probe(model, paths, probe)
@@ -121,6 +118,26 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
         raise StateError(f"adapter {record.state.merged[-1]!r} was merged after {name!r}; unmerge it first")
     _restore(model, record.stash.pop(name))
     record.state.merged = record.state.merged[:-1]
+
+
+def _mergeable(model: nn.Module, adapter: Adapter) -> list[tuple[str, Edit]]:
+    """The (path, edit) pairs to fold in; raises with the method's own reason when one of them cannot be."""
+    for part in methods_in(adapter.method):
+        if "merge" in part.cannot:
+            raise UnsupportedError(
+                f"adapter {adapter.name!r} cannot be merged: {part.method_name}: {part.cannot['merge']}"
+            )
+    edits: list[tuple[str, Edit]] = []
+    for piece in adapter.pieces:
+        if not isinstance(piece.module, Edit):
+            raise UnsupportedError(
+                f"adapter {adapter.name!r} cannot be merged: what its generator adds needs a context"
+            )
+        host = model.get_submodule(piece.path)
+        piece.module.mergeable_into(host)
+        _refuse_tied(model, host, piece.path)
+        edits.append((piece.path, piece.module))
+    return edits
 
 
 def _write(host: nn.Module, key: str, value: Tensor) -> None:
@@ -170,10 +187,7 @@ def _probe(model: nn.Module, paths: list[str], probe: Any) -> list[Tensor]:
 
 
 def _probe_host(host: nn.Module) -> Tensor:
-    from epitaxy.core.sites import width_in
-
-    weight = host.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(host)
     generator = torch.Generator().manual_seed(0)
     width = width_in(host) or int(weight.shape[0])
     if isinstance(host, nn.Conv1d):

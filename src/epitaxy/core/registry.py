@@ -59,16 +59,17 @@ def method(name: str, cannot: Mapping[str, str] | None = None) -> Callable[[type
     """
 
     def register(cls: type[T]) -> type[T]:
+        target: Any = cls
         if not dataclasses.is_dataclass(cls) or not callable(getattr(cls, "edits", None)):
             raise EpitaxyError(f"method {name!r} must be a frozen dataclass with a method `edits(site)`")
         known = _METHODS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise EpitaxyError(f"two methods are called {name!r}: {known.__module__} and {cls.__module__}")
-        cls.method_name = name  # type: ignore[attr-defined]
-        cls.cannot = dict(cannot or {})  # type: ignore[attr-defined]
-        cls.__add__ = _add  # type: ignore[attr-defined]
+        target.method_name = name
+        target.cannot = dict(cannot or {})
+        target.__add__ = _add
         if not any(field.name == "layers" for field in dataclasses.fields(cls)):
-            cls.layers = None  # type: ignore[attr-defined]
+            target.layers = None
         _METHODS[name] = cls
         return cls
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from epitaxy.core.anatomy import TYPE_ROLES, Anatomy, Spot, is_linear, is_norm
+from epitaxy.core.anatomy import TYPE_ROLES, Anatomy, Spot, is_linear, is_norm, weight_of
 from epitaxy.core.errors import SiteError, nearest
 
 
@@ -153,7 +153,7 @@ def _site(
 def width_in(module: nn.Module) -> int | None:
     """Features a module takes in, told from its weights; None where it cannot be told."""
     if is_linear(module):
-        weight = module.weight
+        weight = weight_of(module)
         return int(weight.shape[1] if isinstance(module, nn.Linear) else weight.shape[0])
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return module.in_channels
@@ -163,7 +163,7 @@ def width_in(module: nn.Module) -> int | None:
 def width_out(module: nn.Module) -> int | None:
     """Features a module gives out, told from its weights; None where it cannot be told."""
     if is_linear(module):
-        weight = module.weight
+        weight = weight_of(module)
         return int(weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1])
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return module.out_channels
@@ -173,7 +173,7 @@ def width_out(module: nn.Module) -> int | None:
 def _inner(module: nn.Module, first: bool) -> int | None:
     """Width of a composite: a norm's own, else that of its first linear map's input (or its last one's output)."""
     if is_norm(module):
-        return int(module.weight.shape[0])
+        return int(weight_of(module).shape[0])
     linears = [inner for name, inner in module.named_modules() if is_linear(inner) and "epitaxy" not in name.split(".")]
     if not linears:
         return None

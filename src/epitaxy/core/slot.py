@@ -44,12 +44,13 @@ class Slot(nn.Module):
     def forward(self, x: Any = None) -> Any:
         return x
 
-    def add(self, adapter: str, key: str, edit: Edit) -> None:
+    def add(self, adapter: str, key: str, edit: nn.Module) -> None:
         """Put ``edit`` under ``adapter``; names of modules and attributes of the class cannot collide with it."""
         if adapter not in self._modules:
             self._modules[adapter] = nn.ModuleDict()
         edits = self._modules[adapter]
-        assert isinstance(edits, nn.ModuleDict) and key not in edits
+        assert isinstance(edits, nn.ModuleDict)
+        assert key not in edits
         edits[key] = edit
 
     def edits(self, adapter: str) -> list[Edit]:

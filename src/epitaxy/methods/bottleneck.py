@@ -6,7 +6,7 @@ feed-forward only; He et al. 2021 (2110.04366): parallel to it, with a scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from epitaxy.core.errors import EpitaxyError
 from epitaxy.core.registry import method
 from epitaxy.core.sites import Site
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 Activation = Literal["relu", "gelu", "silu"]
 
 

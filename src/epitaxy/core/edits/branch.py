@@ -42,7 +42,7 @@ class Branch(Edit):
         if self.memo is not None:
             source = self.memo.take()
             source = source if members is None else source[members]
-        change = self.module(source)
+        change: Tensor = self.module(source)
         if self.scale != 1.0:
             change = change * self.scale
         return y + change.to(y.dtype)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import is_linear, is_transposed_linear
+from epitaxy.core.anatomy import is_linear, is_transposed_linear, weight_of
 from epitaxy.core.edits.edit import Edit, cast, refuse_quantised
 from epitaxy.core.errors import SiteError, UnsupportedError
 from epitaxy.core.route import Route
@@ -36,7 +36,7 @@ class Delta(Edit):
         if rank < 1:
             raise SiteError(f"rank must be at least 1, got {rank}")
         if is_linear(host):
-            weight = host.weight
+            weight = weight_of(host)
             size_in, size_out = weight.shape if is_transposed_linear(host) else reversed(weight.shape)
             if not isinstance(host, nn.Linear) or torch.is_floating_point(weight):
                 shape: tuple[int, ...] = (int(size_in),)
@@ -93,13 +93,15 @@ class Delta(Edit):
     def change(self) -> Tensor:
         """The full change of the weight, ``out x in (x k...)``, in fp32."""
         down, up = (factor.float() for factor in self.factors())
-        return torch.tensordot(up, down, dims=1) * self.scale
+        change: Tensor = torch.tensordot(up, down, dims=1)
+        return change * self.scale
 
     def merged(self, host: nn.Module) -> Mapping[str, Tensor]:
-        change = self.change().to(host.weight.device)
+        weight = weight_of(host).detach()
+        change = self.change().to(weight.device)
         if is_transposed_linear(host):
             change = change.t()
-        return {"weight": host.weight.detach().float() + change}
+        return {"weight": weight.float() + change}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}"

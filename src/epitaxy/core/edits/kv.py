@@ -171,8 +171,9 @@ class DecoupledKV(Edit):
                 context = context.repeat_interleave(query.shape[0] // context.shape[0], dim=0)
             keys = F.linear(cast(context, query), cast(self.to_k.weight, query))
             values = F.linear(cast(context, query), cast(self.to_v.weight, query))
-        heads = (self._split(tensor) for tensor in (query, keys, values))
-        extra = F.scaled_dot_product_attention(*heads)  # b heads t d
+        extra = F.scaled_dot_product_attention(
+            self._split(query), self._split(keys), self._split(values)
+        )  # b heads t d
         if self.gate is not None:
             extra = extra * cast(self.gate, extra).tanh()[None, :, None, None]
         extra = extra.transpose(1, 2).reshape(x.shape)

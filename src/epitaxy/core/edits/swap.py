@@ -1,27 +1,29 @@
 """Swap: parameters of the base replaced by trained values, without touching the base.
 
-The new values are applied as ``output + f(new) - f(old)``, which is exactly the base at the start, adds up when
-several adapters swap the same parameter, and is written into the base only by a merge.
+What is stored and trained is the difference to the base's value, which starts at zero: a fresh swap is exactly the
+base, swaps of several adapters add up, and only a merge writes into the base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import is_linear, is_norm, is_transposed_linear
+from epitaxy.core.anatomy import is_linear, is_norm, is_transposed_linear, weight_of
 from epitaxy.core.edits.edit import Edit, cast, refuse_quantised
 from epitaxy.core.errors import SiteError, UnsupportedError
 
 
 class Swap(Edit):
-    """Trained replacements of 1-D parameters of a host: the bias of any module, weight and bias of a norm."""
+    """Trained changes of 1-D parameters of a host: the bias of any module, weight and bias of a norm."""
 
     mergeable = True
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(self, host: nn.Module, names: Sequence[str] = ("bias",)) -> None:
         super().__init__()
@@ -33,20 +35,20 @@ class Swap(Edit):
             if name != "bias" and not is_norm(host):
                 raise SiteError(f"only a norm's weight can be swapped, not that of {type(host).__name__}")
             kind = torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype
-            self.register_parameter(name, nn.Parameter(base.detach().clone().to(kind)))
+            self.register_parameter(name, nn.Parameter(torch.zeros_like(base, dtype=kind)))
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        changes = {name: getattr(self, name) - getattr(host, name) for name in self.names}
-        if "weight" in changes:
-            return y + _norm_change(host, x, changes["weight"], changes.get("bias")).to(y.dtype)
-        return y + _along_channels(host, cast(changes["bias"], y), y.dim())
+        if "weight" in self.names:
+            bias = self.bias if "bias" in self.names else None
+            return y + _norm_change(host, x, self.weight, bias).to(y.dtype)
+        return y + _along_channels(host, cast(self.bias, y), y.dim())
 
     def mergeable_into(self, host: nn.Module) -> None:
         if "weight" in self.names:
             refuse_quantised(host)
 
     def merged(self, host: nn.Module) -> Mapping[str, Tensor]:
-        return {name: getattr(self, name).detach() for name in self.names}
+        return {name: getattr(host, name).detach().float() + getattr(self, name).detach() for name in self.names}
 
     def extra_repr(self) -> str:
         return ", ".join(self.names)
@@ -62,7 +64,8 @@ class Replace(Edit):
         super().__init__()
         if not is_linear(host):
             raise SiteError(f"a head replaces a linear map, found {type(host).__name__}")
-        weight = host.weight.detach().t() if is_transposed_linear(host) else host.weight.detach()
+        weight = weight_of(host).detach()
+        weight = weight.t() if is_transposed_linear(host) else weight
         same = outputs is None or outputs == weight.shape[0]
         bias = getattr(host, "bias", None)
         count = weight.shape[0] if outputs is None else outputs
@@ -112,13 +115,13 @@ def _norm_change(host: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None
     if type(host) is nn.GroupNorm:
         return F.group_norm(x, host.num_groups, weight, bias, host.eps)
     if isinstance(host, nn.modules.batchnorm._BatchNorm):
-        change = F.batch_norm(x, host.running_mean, host.running_var, weight, bias, False, 0.0, host.eps)
-        return change
+        return F.batch_norm(x, host.running_mean, host.running_var, weight, bias, False, 0.0, host.eps)
     replaced: dict[str, Any] = {"weight": weight}
     if bias is not None:
         replaced["bias"] = bias
-    change = type(host).forward(_View(host, **replaced), x)  # type: ignore[arg-type]
-    origin = type(host).forward(_View(host, weight=torch.zeros_like(weight)), x)  # type: ignore[arg-type]
+    forward: Callable[..., Tensor] = type(host).forward
+    change = forward(_View(host, **replaced), x)
+    origin = forward(_View(host, weight=torch.zeros_like(weight)), x)
     return change - origin  # Gemma's norm multiplies by (1 + weight): zero weight is not zero output
 
 

@@ -248,15 +248,35 @@ def _write(model: nn.Module, target: Path, name: str) -> None:
         "base": fingerprint(model).to_dict(),
         "provenance": {**adapter.provenance, "epitaxy": __version__, "torch": torch.__version__},
     }
+    card = _card_to_replace(target, name)
     text = json.dumps(config, sort_keys=True)
     tensors = {key: tensor.contiguous().cpu() for key, tensor in adapter.tensors().items()}
     write_atomically(target / TENSORS, serialise(tensors, {"format": "epitaxy", "config": text}))
     write_atomically(target / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-    if not (target / CARD).exists():
+    if card:
         write_atomically(target / CARD, render(config, adapter.size()).encode())
     again, _ = read_tensors(target / TENSORS)
     if again.keys() != tensors.keys() or any(not torch.equal(again[key], tensors[key]) for key in tensors):
         raise FormatError(f"{target / TENSORS}: what was written does not read back; the disk may be full or failing")
+
+
+def _card_to_replace(target: Path, name: str) -> bool:
+    """Whether the model card may be written: there is none, or it is ours and nobody edited it.
+
+    Raises when the directory holds an adapter of another name, which a save would destroy.
+    """
+    from epitaxy.core.card import render
+
+    if (target / TENSORS).exists():
+        shapes, config = _header(target / TENSORS)
+        if config["name"] != name:
+            raise FormatError(
+                f"{target}: holds the adapter {config['name']!r}; save {name!r} into another directory or delete that one"
+            )
+        parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+        if (target / CARD).exists():
+            return (target / CARD).read_text() == render(config, parameters)
+    return not (target / CARD).exists()
 
 
 def _read(model: nn.Module, path: Path, name: str) -> Adapter:

@@ -115,6 +115,8 @@ def _norm_change(host: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None
     if type(host) is nn.GroupNorm:
         return F.group_norm(x, host.num_groups, weight, bias, host.eps)
     if isinstance(host, nn.modules.batchnorm._BatchNorm):
+        if host.training or host.running_mean is None:  # batch statistics, without counting them a second time
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, host.eps)
         return F.batch_norm(x, host.running_mean, host.running_var, weight, bias, False, 0.0, host.eps)
     replaced: dict[str, Any] = {"weight": weight}
     if bias is not None:

@@ -74,7 +74,7 @@ class Adapter:
         return (parameter for _, parameter in self.named_parameters())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a file stores: parameters and buffers by key, detached."""
+        """Everything a file stores: parameters and buffers by key, detached, as they lie in memory."""
         return {
             f"{piece.key}.{name}": tensor.detach()
             for piece in self.pieces

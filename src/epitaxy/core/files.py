@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError, FormatError, StateError, nearest
@@ -99,7 +100,8 @@ def recognise(path: Path) -> Format:
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, format: str = "epitaxy") -> Path:
     """Write one adapter of ``model`` to the directory ``path``; ``format`` may name another program's format.
 
-    What is written is read back and compared before this returns.  Returns the directory.
+    What is written is read back and compared before this returns.  With FSDP every rank calls this and the first one
+    writes.  Returns the directory.
     """
     target, record = Path(path), require(model)
     if name is None:
@@ -110,11 +112,26 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     entry = format_named(format)
     if entry.write is None:
         raise EpitaxyError(f"format {format!r} can be read but not written")
-    for key, tensor in record.adapters[name].tensors().items():
+    sharded = any(isinstance(tensor, DTensor) for tensor in record.adapters[name].tensors().values())
+    for key, tensor in whole_tensors(record.adapters[name]).items():
+        if tensor.numel() == 0:
+            raise StateError(f"adapter {name!r} is not saved: {key} is empty here; gather sharded parameters first")
         if not bool(torch.isfinite(tensor).all()):
             raise StateError(f"adapter {name!r} is not saved: {key} holds NaN or infinite values")
-    entry.write(unwrap(model), target, name)
+    if not sharded or torch.distributed.get_rank() == 0:
+        entry.write(unwrap(model), target, name)
+    else:  # gathering takes every rank through the same calls; only the first one's files stay
+        with tempfile.TemporaryDirectory() as discarded:
+            entry.write(unwrap(model), Path(discarded), name)
     return target
+
+
+def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's tensors on the CPU, shards gathered: with FSDP every rank must take part in this call."""
+    return {
+        key: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).contiguous().cpu()
+        for key, tensor in adapter.tensors().items()
+    }
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, trainable: bool = False) -> Adapter:
@@ -250,7 +267,7 @@ def _write(model: nn.Module, target: Path, name: str) -> None:
     }
     card = _card_to_replace(target, name)
     text = json.dumps(config, sort_keys=True)
-    tensors = {key: tensor.contiguous().cpu() for key, tensor in adapter.tensors().items()}
+    tensors = whole_tensors(adapter)
     write_atomically(target / TENSORS, serialise(tensors, {"format": "epitaxy", "config": text}))
     write_atomically(target / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     if card:
@@ -271,7 +288,7 @@ def _card_to_replace(target: Path, name: str) -> bool:
         shapes, config = _header(target / TENSORS)
         if config["name"] != name:
             raise FormatError(
-                f"{target}: holds the adapter {config['name']!r}; save {name!r} into another directory or delete that one"
+                f"{target}: holds the adapter {config['name']!r}; save {name!r} elsewhere or delete that one"
             )
         parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
         if (target / CARD).exists():

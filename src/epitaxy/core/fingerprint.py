@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from epitaxy.core.errors import FormatError
 from epitaxy.core.host import hosted, unwrap
@@ -50,6 +51,8 @@ def fingerprint(model: nn.Module) -> Base:
         value = stashed.get(name, parameter).detach()
         shapes.update(f"{name}{tuple(value.shape)}".encode())
         if torch.is_floating_point(value) and value.device.type != "meta":
+            if isinstance(value, DTensor):
+                value = value.full_tensor()
             sample = value.flatten()[:16].to("cpu", torch.bfloat16)
             weights.update(sample.view(torch.int16).numpy().tobytes())
     config = getattr(model, "config", None)

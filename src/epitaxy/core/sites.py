@@ -49,7 +49,7 @@ def select(
     """Return the sites of ``model`` that ``at`` names, in network order, each module once.
 
     ``at`` is a role, a pattern of roles (``attention.*``), a module path, its ending, or a pattern of paths, or a
-    list of these.  ``layers`` keeps only some blocks (negative numbers count from the last).  Every entry must match:
+    list of these; ``=path`` is that one module, even where a role or another module's ending has the same name.  ``layers`` keeps only some blocks (negative numbers count from the last).  Every entry must match:
     otherwise ``SiteError`` names the nearest roles and paths.
     """
     wanted = (at,) if isinstance(at, str) else tuple(at)
@@ -76,6 +76,8 @@ def _matches(entry: str, anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> 
         if roles:
             return [(role, spot) for role in roles for spot in anatomy.roles[role]]
         paths = [path for path in modules if path and fnmatchcase(path, entry)]
+    elif entry.startswith("="):
+        paths = [path for path in modules if path and path == entry[1:]]
     else:
         paths = [path for path in modules if path == entry or path.endswith("." + entry)]
     paths = [path for path in paths if "epitaxy" not in path.split(".")]

@@ -112,16 +112,20 @@ def _add_block(
     for role, part in layout.parts.items():
         path = f"{block}.{part.exit}"
         entry = f"{block}.{part.entry}" if part.entry is not None else None
-        if path not in modules or (entry is not None and entry not in modules):
+        if role.endswith(".core") or path not in modules or (entry is not None and entry not in modules):
             continue
-        parts = {}
-        if role in ("attention", "cross_attention"):
-            parts = {
-                name: f"{block}.{layout.parts[key].exit}"
-                for name in ("q", "k", "v", "qkv", "output", "core")
-                if (key := f"{role}.{name}") in layout.parts and f"{block}.{layout.parts[key].exit}" in modules
-            }
-        roles.setdefault(role, []).append(Spot(path, layer, entry, heads, parts))
+        inner = _attention_parts(role, block, layout, modules) if role in ("attention", "cross_attention") else {}
+        roles.setdefault(role, []).append(Spot(path, layer, entry, heads, inner))
+
+
+def _attention_parts(role: str, block: str, layout: Layout, modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Paths of an attention layer's projections and of ``core``, the module that computes the softmax."""
+    named = {"core": layout.parts.get(f"{role}.core", layout.parts[role])}
+    for name in ("q", "k", "v", "qkv", "output"):
+        if f"{role}.{name}" in layout.parts:
+            named[name] = layout.parts[f"{role}.{name}"]
+    paths = {name: f"{block}.{part.exit}" for name, part in named.items()}
+    return {name: path for name, path in paths.items() if path in modules}
 
 
 def _heads(modules: dict[str, nn.Module], block: str, layout: Layout) -> int | None:

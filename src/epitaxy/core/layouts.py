@@ -22,8 +22,10 @@ class Part:
 class Layout:
     """How one kind of block is built.
 
-    ``roles`` maps role names to relative paths (``"attn.q"``), or to ``Part``s where entry and exit differ.
-    ``pattern`` is a regular expression for block paths, for models whose blocks are not in a ``ModuleList``.
+    ``roles`` maps role names to relative paths (``"attn.q"``), or to ``Part``s where entry and exit differ.  An
+    attention layer whose softmax is computed by an inner module names it as ``attention.core``; that name is for us,
+    not a role to sit at.  ``pattern`` is a regular expression for block paths, for models whose blocks are not in a
+    ``ModuleList``.
     """
 
     name: str
@@ -67,8 +69,8 @@ def _fused(module: str, qkv: str, output: str) -> dict[str, str]:
     }
 
 
-def _joined(module: str, names: str, core: str | None = None) -> dict[str, str | Part]:
-    return {"attention": module, "attention.core": core or module, **_projections(module, names)}
+def _joined(module: str, names: str) -> dict[str, str | Part]:
+    return {"attention": module, **_projections(module, names)}
 
 
 BLOCK_LAYOUTS: tuple[Layout, ...] = (
@@ -166,7 +168,6 @@ BLOCK_LAYOUTS: tuple[Layout, ...] = (
         "gpt2",
         {
             "attention": "attn",
-            "attention.core": "attn",
             **_fused("attn", "c_attn", "c_proj"),
             "mlp": "mlp",
             "mlp.up": "mlp.c_fc",
@@ -181,7 +182,6 @@ BLOCK_LAYOUTS: tuple[Layout, ...] = (
         {
             **_joined("attn1", "to_q to_k to_v to_out.0"),
             "cross_attention": "attn2",
-            "cross_attention.core": "attn2",
             **_projections("attn2", "to_q to_k to_v to_out.0", "cross_attention"),
             "mlp": "ff",
             "mlp.up": "ff.net.0.proj",
@@ -196,7 +196,6 @@ BLOCK_LAYOUTS: tuple[Layout, ...] = (
         "timm",
         {
             "attention": "attn",
-            "attention.core": "attn",
             **_fused("attn", "qkv", "proj"),
             "mlp": "mlp",
             "mlp.up": "mlp.fc1",
@@ -212,9 +211,9 @@ OUTER_ROLES: dict[str, tuple[str, ...]] = {
     "resnet.conv": (r"(.*\.)?resnets\.\d+\.conv[12]",),
     "resnet.shortcut": (r"(.*\.)?resnets\.\d+\.conv_shortcut",),
     "sampler.conv": (r"(.*\.)?(down|up)samplers\.\d+\.conv",),
-    "attention.norm": (r"(.*\.)?attentions\.\d+\.norm",),
-    "attention.proj_in": (r"(.*\.)?attentions\.\d+\.proj_in",),
-    "attention.proj_out": (r"(.*\.)?attentions\.\d+\.proj_out",),
+    "transformer.norm": (r"(.*\.)?attentions\.\d+\.norm",),
+    "transformer.proj_in": (r"(.*\.)?attentions\.\d+\.proj_in",),
+    "transformer.proj_out": (r"(.*\.)?attentions\.\d+\.proj_out",),
     "patch": (r"(.*\.)?patch_embeddings\.projection", r"(.*\.)?patch_embed\.proj"),
     "embed": (r"(.*\.)?(embed_tokens|wte|word_embeddings)",),
     "norm.final": (

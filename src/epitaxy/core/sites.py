@@ -49,8 +49,9 @@ def select(
     """Return the sites of ``model`` that ``at`` names, in network order, each module once.
 
     ``at`` is a role, a pattern of roles (``attention.*``), a module path, its ending, or a pattern of paths, or a
-    list of these; ``=path`` is that one module, even where a role or another module's ending has the same name.  ``layers`` keeps only some blocks (negative numbers count from the last).  Every entry must match:
-    otherwise ``SiteError`` names the nearest roles and paths.
+    list of these; ``=path`` is that one module, even where a role or another module's ending has the same name.
+    ``layers`` keeps only some blocks (negative numbers count from the last).  Every entry must match: otherwise
+    ``SiteError`` names the nearest roles and paths.
     """
     wanted = (at,) if isinstance(at, str) else tuple(at)
     if not wanted:

@@ -25,6 +25,7 @@ from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError, FormatError, StateError, nearest
 from epitaxy.core.fingerprint import check_base, fingerprint
 from epitaxy.core.host import attach, detach, hosted, require, unwrap
+from epitaxy.core.layouts import Layout
 from epitaxy.core.registry import from_config
 
 SCHEMA = 1
@@ -77,6 +78,11 @@ _FORMATS: dict[str, Format] = {}
 def register_format(entry: Format) -> None:
     """Add a format; later ones are asked first."""
     _FORMATS[entry.name] = entry
+
+
+def formats() -> dict[str, Format]:
+    """Every known format by name."""
+    return dict(_FORMATS)
 
 
 def format_named(name: str) -> Format:
@@ -263,6 +269,7 @@ def _write(model: nn.Module, target: Path, name: str) -> None:
         "name": name,
         "methods": adapter.config,
         "base": fingerprint(model).to_dict(),
+        **({"layout": record.layout.to_dict()} if record.layout is not None else {}),
         "provenance": {**adapter.provenance, "epitaxy": __version__, "torch": torch.__version__},
     }
     card = _card_to_replace(target, name)
@@ -310,7 +317,7 @@ def _read(model: nn.Module, path: Path, name: str) -> Adapter:
     record = hosted(model)
     previous = record.state.active if record is not None else ()
     try:
-        adapter = attach(model, method, name)
+        adapter = attach(model, method, name, _layout(config, file))
     except EpitaxyError as error:
         raise type(error)(f"{file}: {error}") from None
     try:
@@ -324,6 +331,16 @@ def _read(model: nn.Module, path: Path, name: str) -> Adapter:
     if warning:
         warnings.warn(warning, stacklevel=4)
     return adapter
+
+
+def _layout(config: Mapping[str, Any], file: Path) -> Layout | None:
+    """The description of the model's blocks that the adapter was placed with, where its user had to give one."""
+    if config.get("layout") is None:
+        return None
+    try:
+        return Layout.from_dict(config["layout"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise FormatError(f"{file}: its config holds a layout that cannot be read") from None
 
 
 def fill(adapter: Adapter, tensors: Mapping[str, Tensor], source: str) -> None:

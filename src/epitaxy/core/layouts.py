@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+_PLAIN_FIELDS = ("causal", "heads", "pattern", "token_obstacle")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,19 @@ class Layout:
         """Relative paths a module must have to be a block of this layout."""
         needed = {role: part for role, part in self.parts.items() if role not in self.optional}
         return {part.exit for part in needed.values()} | {part.entry for part in needed.values() if part.entry}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for files."""
+        roles = {role: [part.exit, part.entry] if part.entry else part.exit for role, part in self.parts.items()}
+        rest = {key: getattr(self, key) for key in _PLAIN_FIELDS}
+        return {"name": self.name, "roles": roles, "optional": sorted(self.optional), **rest}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Layout:
+        """The inverse of ``to_dict``; raises ``KeyError``, ``TypeError`` or ``ValueError`` on anything else."""
+        roles = {role: part if isinstance(part, str) else Part(*part) for role, part in data["roles"].items()}
+        rest = {key: data[key] for key in _PLAIN_FIELDS}
+        return cls(data["name"], roles, frozenset(data["optional"]), **rest)
 
 
 def _layout(

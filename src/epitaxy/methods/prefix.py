@@ -15,12 +15,14 @@ from epitaxy.core.errors import EpitaxyError, SiteError
 from epitaxy.core.registry import method
 from epitaxy.core.sites import Site
 
+NO_WEIGHT = "keys and values are no change of a weight"
+
 
 @method(
     "prefix",
     cannot={
         "identity": "the prefix takes part in the softmax from the start; a gated prefix does not",
-        "merge": "keys and values are no change of a weight",
+        "merge": NO_WEIGHT,
     },
 )
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Prefix:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise EpitaxyError(f"tokens must be at least 1, got {self.tokens}")
+        if self.gated:
+            object.__setattr__(self, "cannot", {"merge": NO_WEIGHT})  # the gate gives it an identity start
 
     def edits(self, site: Site) -> Iterator[Edit]:
         if not self.gated:

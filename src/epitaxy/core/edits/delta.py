@@ -79,10 +79,8 @@ class Delta(Edit):
             low = host._conv_forward(x, cast(down, x), None)
             return y + _pointwise(low, up * self.scale)
         down, up = cast(down, x), cast(up, y)
-        low = F.linear(x, down)
-        if y.dim() == 2:
-            return torch.addmm(y, low.to(y.dtype), up.t(), alpha=self.scale)
-        flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, self.rank).to(y.dtype), up.t(), alpha=self.scale)
+        low = F.linear(x.reshape(-1, x.shape[-1]), down)  # flat: else the product taken depends on requires_grad
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.to(y.dtype), up.t(), alpha=self.scale)
         return flat.view(y.shape)
 
     def mergeable_into(self, host: nn.Module) -> None:

@@ -1,0 +1,1 @@
+"""Opening base models by name or path; the small reference backbones."""

@@ -1,0 +1,236 @@
+"""Opening a base model by name or path, with the processor that prepares its inputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from epitaxy.core.anatomy import describe
+from epitaxy.core.errors import EpitaxyError, FormatError, nearest
+
+Modality = Literal["vision", "audio", "text"]
+REFERENCE = "reference-vit"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A classifier ready for training.
+
+    ``head`` tells whether its last layer came with the source ("kept") or was made anew ("fresh").
+    """
+
+    model: nn.Module
+    processor: Any
+    modality: Modality
+    source: str
+    head: Literal["kept", "fresh"] = "kept"
+
+
+def open_classifier(source: str, labels: Sequence[str], dtype: str = "float32") -> Opened:
+    """Open ``source`` as a classifier of ``labels``.
+
+    ``source`` is "reference-vit" (shipped with this package), a local directory, or the id of a model on the hub.
+    Where the labels differ from the model's own, in number or in name, the last layer is drawn anew from torch's
+    global generator.  Weights are read from safetensors only.  Raises ``FormatError`` when the source cannot be
+    opened, ``EpitaxyError`` for labels or a type that make no sense.
+    """
+    labels = _checked(labels)
+    if dtype not in DTYPES:
+        raise EpitaxyError(f"no weight type is called {dtype!r}{nearest(dtype, DTYPES)}")
+    where = _locate(source)
+    with _quiet():
+        config = _read(source, "config", lambda: _auto("AutoConfig").from_pretrained(where))
+        modality = _modality(source, config)
+        fresh = _is_fresh(config, labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+        model, info = _read(source, "weights", lambda: _load(where, modality, config, DTYPES[dtype]))
+        processor = _read(source, "processor", lambda: _auto(_PROCESSORS[modality]).from_pretrained(where))
+    head = _head_path(source, model, len(labels))
+    fresh = _check_loaded(source, model, head, info) or fresh
+    if fresh:
+        _draw(model.get_submodule(head), config)
+    if modality == "text":
+        _ensure_padding(model, processor)
+    return Opened(model, processor, modality, source, "fresh" if fresh else "kept")
+
+
+_PROCESSORS = {"vision": "AutoImageProcessor", "audio": "AutoFeatureExtractor", "text": "AutoTokenizer"}
+_MODELS: dict[Modality, str] = {
+    "vision": "AutoModelForImageClassification",
+    "audio": "AutoModelForAudioClassification",
+    "text": "AutoModelForSequenceClassification",
+}
+
+
+def _auto(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
+
+
+def _checked(labels: Sequence[str]) -> list[str]:
+    names = [str(label) for label in labels]
+    if len(names) < 2:
+        raise EpitaxyError(f"a classifier needs at least two labels, got {names}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise EpitaxyError(f"the labels of a classifier differ from each other; {twice[0]!r} is there twice")
+    return names
+
+
+def _locate(source: str) -> str:
+    """The directory or hub id to hand to transformers."""
+    if source == REFERENCE:
+        path = Path(str(files("epitaxy.models") / "reference_vit"))
+        if not (path / "config.json").exists():
+            raise FormatError(f"{REFERENCE}: this installation of epitaxy lacks the model's files at {path}")
+        return str(path)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise FormatError(f"{source}: no model there, config.json is missing")
+        if not any(path.glob("*.safetensors")):
+            found = ", ".join(sorted(item.name for item in path.glob("*") if item.suffix in (".bin", ".pt", ".h5")))
+            raise FormatError(
+                f"{source}: no weights in safetensors there" + (f"; {found} is never opened" if found else "")
+            )
+        return str(path)
+    if path.is_file():
+        raise FormatError(f"{source}: expected the directory of a model, found a file")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
+        raise FormatError(f"{source}: no such directory, and not the id of a model on the hub")
+    return source
+
+
+def _read(source: str, what: str, read: Any) -> Any:
+    """Call ``read``; whatever transformers raises becomes one sentence about ``what``."""
+    from safetensors import SafetensorError
+
+    try:
+        return read()
+    except SafetensorError as error:
+        raise FormatError(f"{source}: its weights are truncated or not safetensors ({_first_line(error)})") from None
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        hint = nearest(source, [REFERENCE]) if source != REFERENCE and "/" not in source else ""
+        hint = hint if "did you mean" in hint else ""
+        raise FormatError(f"{source}: cannot open the model's {what}: {_first_line(error)}{hint}") from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
+
+
+def _modality(source: str, config: Any) -> Modality:
+    """What a model reads: by the class its config names, else by its type."""
+    from transformers.models.auto import modeling_auto
+
+    tables: dict[Modality, Any] = {
+        "vision": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "audio": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+        "text": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    architectures = set(config.architectures or ())
+    for modality, table in tables.items():
+        classes = table.get(config.model_type, ())
+        if architectures & set(classes if isinstance(classes, (tuple, list)) else (classes,)):
+            return modality
+    for modality, table in tables.items():
+        if config.model_type in table:
+            return modality
+    raise FormatError(
+        f"{source}: transformers has no classifier of pictures, sounds or texts for {config.model_type!r}"
+    )
+
+
+def _is_fresh(config: Any, labels: list[str]) -> bool:
+    """Whether the model's own head answers another question.  ``LABEL_0`` and the like are no names."""
+    own = [str(label) for _, label in sorted((int(number), label) for number, label in config.id2label.items())]
+    unnamed = all(label == f"LABEL_{number}" for number, label in enumerate(own))
+    return len(own) != len(labels) or (own != labels and not unnamed)
+
+
+def _load(where: str, modality: Modality, config: Any, dtype: torch.dtype) -> Any:
+    return _auto(_MODELS[modality]).from_pretrained(
+        where,
+        config=config,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+
+
+def _check_loaded(source: str, model: nn.Module, head: str, info: dict[str, Any]) -> bool:
+    """Whether the head was not in the file; raises for a weight of another size, warns of one that was missing."""
+    root = head.split(".")[0] + "."
+    mismatched = sorted(key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ()))
+    foreign = [key for key in mismatched if not key.startswith(root)]
+    if foreign:
+        raise FormatError(
+            f"{source}: {len(foreign)} weights have other sizes than its config says, the first is {foreign[0]!r}"
+        )
+    missing = sorted(info.get("missing_keys", ()))
+    unfilled = [key for key in missing if not key.startswith(root)]
+    if unfilled:
+        warnings.warn(
+            f"{source}: {len(unfilled)} weights are not in its files and start at random, the first is {unfilled[0]!r}",
+            stacklevel=3,
+        )
+    return any(key.rpartition(".")[0] == head for key in (*mismatched, *missing))
+
+
+def _head_path(source: str, model: nn.Module, count: int) -> str:
+    """The last linear map of a classifier, by its role or else by its number of outputs."""
+    spots = describe(model).roles.get("head", ())
+    fitting = [spot.path for spot in spots if getattr(model.get_submodule(spot.path), "out_features", None) == count]
+    if not fitting:
+        fitting = [
+            path
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module.out_features == count
+        ]
+    if not fitting:
+        raise FormatError(f"{source}: cannot tell which layer of {type(model).__name__} is its head")
+    return fitting[-1]
+
+
+def _draw(head: nn.Module, config: Any) -> None:
+    assert isinstance(head, nn.Linear)
+    nn.init.normal_(head.weight, std=float(getattr(config, "initializer_range", None) or 0.02))
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+
+
+def _ensure_padding(model: Any, tokenizer: Any) -> None:
+    """Decoders come without a padding token; they pool at the last token that is none."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no load report on the terminal: what matters of it is raised or warned here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,134 @@
+"""Classification of pictures, sounds and texts: examples to a batch, a batch to a loss, a data set to metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from epitaxy.core.errors import EpitaxyError, FormatError
+from epitaxy.data.decode import Waveform, resample
+from epitaxy.data.splits import Example, Examples
+from epitaxy.models.opening import Opened
+from epitaxy.tasks.metrics import Metrics, score
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that evaluate together: each takes every ``size``-th row, ``gather`` joins what they found."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[list[Any]], list[Any]] = list
+
+
+class Classification:
+    """Cross-entropy over ``classes`` with the inputs that ``opened``'s processor makes."""
+
+    metrics = ("accuracy", "macro_f1", "loss")
+
+    def __init__(self, opened: Opened, classes: Sequence[str], label_smoothing: float = 0.0) -> None:
+        if not 0.0 <= label_smoothing < 1.0:
+            raise EpitaxyError(f"label_smoothing lies in [0, 1), got {label_smoothing}")
+        self.processor, self.modality, self.source = opened.processor, opened.modality, opened.source
+        self.classes, self.label_smoothing = tuple(classes), label_smoothing
+        self.tokens = _token_limit(opened) if opened.modality == "text" else None
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """The model's inputs and ``labels`` (``b``), on the CPU; raises ``FormatError`` naming what does not fit."""
+        inputs = self._prepare(examples)
+        labels = torch.tensor([example.label for example in examples], dtype=torch.long)
+        return {**{key: value for key, value in inputs.items() if isinstance(value, Tensor)}, "labels": labels}
+
+    def _prepare(self, examples: Sequence[Example]) -> Any:
+        values = [example.value for example in examples]
+        found = {"vision": "picture", "audio": "sound", "text": "text"}
+        kind = "text" if isinstance(values[0], str) else "audio" if isinstance(values[0], Waveform) else "vision"
+        if kind != self.modality:
+            raise FormatError(f"{self.source} reads {found[self.modality]}s, but {examples[0].name} is a {found[kind]}")
+        if kind == "vision":
+            return self.processor(images=values, return_tensors="pt")
+        if kind == "text":
+            return self.processor(values, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt")
+        rate = int(self.processor.sampling_rate)
+        samples = [resample(wave, rate).samples for wave in values]
+        raw = self.processor.model_input_names[0] == "input_values"  # spectrograms have a length of their own
+        return self.processor(samples, sampling_rate=rate, return_tensors="pt", **({"padding": True} if raw else {}))
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Scores of every class, ``b classes``."""
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        inputs = {
+            key: value.to(dtype) if value.is_floating_point() else value
+            for key, value in batch.items()
+            if key != "labels"
+        }
+        output: Tensor = model(**inputs).logits
+        if output.shape[-1] != len(self.classes):
+            raise EpitaxyError(
+                f"the model has {output.shape[-1]} outputs but the data have {len(self.classes)} classes; "
+                "open it with the labels of the data, or give it a head of that size"
+            )
+        return output
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of a batch."""
+        return F.cross_entropy(self.logits(model, batch).float(), batch["labels"], label_smoothing=self.label_smoothing)
+
+    def evaluate(
+        self, model: nn.Module, dataset: Examples, batch_size: int = 64, group: Group | None = None
+    ) -> Metrics:
+        """Metrics over a whole data set, computed in evaluation mode; the model's mode is restored."""
+        group = group or Group()
+        if not len(dataset):
+            raise EpitaxyError("there is nothing to evaluate: the data set is empty")
+        found: list[tuple[list[int], Tensor]] = []
+        with _evaluating(model):
+            for rows in _shares(len(dataset), batch_size, group):
+                batch = self.batch([dataset[row] for row in rows])
+                found.append((rows, self.logits(model, _to_device(batch, model)).float().cpu()))
+        logits = torch.empty(len(dataset), len(self.classes))
+        for rows, part in group.gather(found):
+            logits[rows] = part
+        return score(logits, dataset.labels)
+
+
+def _token_limit(opened: Opened) -> int | None:
+    """The longest text the model takes, in tokens, by its tokenizer or else by its table of positions."""
+    limit = int(opened.processor.model_max_length)
+    if limit < 1_000_000:  # tokenizers without a limit say 1e30
+        return limit
+    positions = getattr(getattr(opened.model, "config", None), "max_position_embeddings", None)
+    return None if positions is None else int(positions) - 2  # RoBERTa's table starts at two
+
+
+def _shares(total: int, batch_size: int, group: Group) -> Iterator[list[int]]:
+    """This process's batches of rows.  All processes get equally many, as sharded models need; some rows come twice."""
+    longest = -(-total // group.size)
+    rows = [min(group.rank + place * group.size, total - 1) for place in range(longest)]
+    for start in range(0, longest, batch_size):
+        yield rows[start : start + batch_size]
+
+
+def _to_device(batch: Batch, model: nn.Module) -> Batch:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

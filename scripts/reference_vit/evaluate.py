@@ -1,0 +1,166 @@
+"""Measure the reference model on the shipped picture sets, none of whose classes it was trained on.
+
+Each set is judged by a linear probe and by the nearest neighbours on the frozen class token, next to a model of the
+same shape with random weights.  Every seed draws its own three quarters of the training pictures, and its own random
+weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scripts.demo_data import DEFAULT_OUTPUT as SHIPPED
+from scripts.reference_vit.assets import DEFAULT_CACHE
+from scripts.reference_vit.model import build_model
+from scripts.reference_vit.pictures import FASHION_CLASSES, HELD_OUT_FASHION, load_fashion
+from scripts.reference_vit.train import DEFAULT_OUTPUT as MODEL
+from torch import Tensor
+from transformers import AutoImageProcessor, ViTForImageClassification
+
+SETS = ("fashion-unseen", "emoji-unseen", "digits")
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+NEIGHBOURS = 5
+SHARE_DRAWN = 0.75
+
+
+@dataclass
+class Split:
+    """Pixels and labels of one part of a picture set."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+def prepare(pictures: list[Image.Image]) -> Tensor:
+    """Resize and normalise as the shipped preprocessing file says."""
+    processor = AutoImageProcessor.from_pretrained(MODEL)
+    return processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")["pixel_values"]
+
+
+def read_set(name: str) -> dict[str, Split]:
+    """The three parts of a shipped picture set."""
+    pictures: dict[str, list[Image.Image]] = {"train": [], "val": [], "test": []}
+    classes: dict[str, list[str]] = {part: [] for part in pictures}
+    with zipfile.ZipFile(SHIPPED / f"{name}.zip") as archive:
+        for entry in archive.namelist():
+            part, label, _ = entry.split("/")
+            pictures[part].append(Image.open(io.BytesIO(archive.read(entry))))
+            classes[part].append(label)
+    order = {label: index for index, label in enumerate(sorted(set(classes["train"])))}
+    return {
+        part: Split(prepare(pictures[part]), torch.tensor([order[label] for label in classes[part]]))
+        for part in pictures
+    }
+
+
+@torch.inference_mode()
+def features(model: ViTForImageClassification, pixels: Tensor) -> Tensor:
+    """The class token after the last normalisation."""
+    model.eval()
+    return torch.cat([model.vit(batch).last_hidden_state[:, 0] for batch in pixels.split(128)])
+
+
+def fit_logistic(inputs: Tensor, labels: Tensor, penalty: float) -> Tensor:
+    """Weights of a logistic regression, the last row being the bias, which is not penalised."""
+    weight = torch.zeros(inputs.shape[1] + 1, int(labels.max()) + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss_with_gradient() -> float:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(inputs @ weight[:-1] + weight[-1], labels)
+        loss = loss + penalty * weight[:-1].square().sum() / 2
+        loss.backward()
+        return loss.item()
+
+    optimizer.step(loss_with_gradient)
+    return weight.detach()
+
+
+def probe_accuracy(train: Split, val: Split, test: Split) -> float:
+    """Logistic regression on standardised features; the penalty is chosen on the validation part."""
+    mean, spread = train.pixels.mean(0), train.pixels.std(0) + 1e-6
+    inputs = {id(split): (split.pixels - mean) / spread for split in (train, val, test)}
+    best_on_val, its_test = -1.0, 0.0
+    for penalty in PENALTIES:
+        weight = fit_logistic(inputs[id(train)], train.labels, penalty)
+        on_val, on_test = (
+            ((inputs[id(split)] @ weight[:-1] + weight[-1]).argmax(1) == split.labels).float().mean().item()
+            for split in (val, test)
+        )
+        if on_val > best_on_val:
+            best_on_val, its_test = on_val, on_test
+    return its_test
+
+
+def neighbour_accuracy(train: Split, test: Split) -> float:
+    """Vote of the most similar training pictures by cosine, weighted by similarity."""
+    similarity = F.normalize(test.pixels, dim=1) @ F.normalize(train.pixels, dim=1).T
+    nearest, rows = similarity.topk(NEIGHBOURS)
+    votes = torch.zeros(len(test.labels), int(train.labels.max()) + 1)
+    votes.scatter_add_(1, train.labels[rows], nearest)
+    return (votes.argmax(1) == test.labels).float().mean().item()
+
+
+def judge(model: ViTForImageClassification, parts: dict[str, Split], seed: int) -> tuple[float, float]:
+    """Probe and neighbour accuracy of one model with one draw of the training pictures."""
+    seen = {part: Split(features(model, split.pixels), split.labels) for part, split in parts.items()}
+    random = torch.Generator().manual_seed(seed)
+    count = len(seen["train"].labels)
+    rows = torch.randperm(count, generator=random)[: int(SHARE_DRAWN * count)]
+    drawn = Split(seen["train"].pixels[rows], seen["train"].labels[rows])
+    return probe_accuracy(drawn, seen["val"], seen["test"]), neighbour_accuracy(drawn, seen["test"])
+
+
+@torch.inference_mode()
+def seen_garment_accuracy(model: ViTForImageClassification, cache: Path) -> float:
+    """The model's own classifier on garments it was trained on, every third of their test pictures."""
+    pictures, labels = load_fashion(cache, "t10k")
+    names = [FASHION_CLASSES[label] for label in labels.tolist()]
+    rows = [row for row in range(0, len(names), 3) if names[row] not in HELD_OUT_FASHION]
+    pixels = prepare([Image.fromarray(pictures[row]) for row in rows])
+    chosen = torch.cat([model(batch).logits.argmax(1) for batch in pixels.split(128)]).tolist()
+    labels_by_index = model.config.id2label
+    right = sum(labels_by_index[index] == f"garment: {names[row]}" for index, row in zip(chosen, rows, strict=True))
+    return right / len(rows)
+
+
+def show(values: list[float]) -> str:
+    """Mean and sample standard deviation in per cent."""
+    return f"{100 * statistics.mean(values):5.1f} +- {100 * statistics.stdev(values):.1f}"
+
+
+def main() -> None:
+    """Print the table of the model card."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="cache folder (default: %(default)s)")
+    parser.add_argument("--model", type=Path, default=MODEL, help="model folder")
+    parser.add_argument("--seeds", type=int, default=5, help="at least 2")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    trained = ViTForImageClassification.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    labels = [trained.config.id2label[index] for index in range(trained.config.num_labels)]
+    print(f"| {'set':14s} | {'model':7s} | linear probe % | {NEIGHBOURS} neighbours % |")
+    print("|---|---|---|---|")
+    for name in SETS:
+        parts = read_set(name)
+        for kind in ("trained", "random"):
+            scores = [
+                judge(trained if kind == "trained" else build_model(labels, seed), parts, seed)
+                for seed in range(arguments.seeds)
+            ]
+            probes, neighbours = zip(*scores, strict=True)
+            print(f"| {name:14s} | {kind:7s} | {show(list(probes))} | {show(list(neighbours))} |", flush=True)
+    accuracy = seen_garment_accuracy(trained, arguments.cache)
+    print(f"own classifier on the six garments of the pretraining, test pictures: {100 * accuracy:.1f} %")
+
+
+if __name__ == "__main__":
+    main()

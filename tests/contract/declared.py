@@ -1,0 +1,142 @@
+"""What a method cannot do on a family, with the reason.  Everything else is promised.
+
+Names are patterns.  ``how`` is what the matrix must see instead of the promise: the library refuses with one sentence
+that contains ``says`` ("refused"), a fresh adapter changes the output ("differs"), or the bare base already fails
+("base").  An exception that turns out to work fails the matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from tests.contract.methods import Variant
+
+How = Literal["refused", "differs", "base"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One declared exception."""
+
+    methods: str
+    families: str
+    check: str
+    reason: str
+    says: str = ""
+    how: How = "refused"
+
+    def covers(self, method: str, family: str, check: str) -> bool:
+        """Whether the cell is declared by this line."""
+        return (
+            check == self.check
+            and any(fnmatchcase(method, pattern) for pattern in self.methods.split())
+            and any(fnmatchcase(family, pattern) for pattern in self.families.split())
+        )
+
+
+DECLARED = (
+    Limit(
+        "lora_conv",
+        "bert llama mistral gpt2 plain",
+        "attaches",
+        "the model has no convolution",
+        says="no module of the kind 'conv'",
+    ),
+    Limit(
+        "prompt*",
+        "swin",
+        "attaches",
+        "its blocks work on windows of a fixed grid, extra tokens have no window",
+        says="takes no extra tokens",
+    ),
+    Limit(
+        "prompt*",
+        "sd15 sdxl",
+        "attaches",
+        "its sequences are pictures, and every token must come back to its place",
+        says="takes no extra tokens",
+    ),
+    Limit(
+        "bitfit lora_bitfit_head",
+        "llama mistral",
+        "attaches",
+        "the model has no biases",
+        says="no module of the kind 'bias'",
+    ),
+    Limit(
+        "head head_labels lora_bitfit_head",
+        "sd15 sdxl",
+        "attaches",
+        "a denoiser has no task head",
+        says="'head' matches no role",
+    ),
+    Limit(
+        "head_labels",
+        "*",
+        "identity",
+        "a head of other labels starts from random values",
+        how="differs",
+    ),
+    Limit(
+        "head head_labels lora_bitfit_head",
+        "*",
+        "together",
+        "two heads cannot both be the output layer",
+        says="both replace",
+    ),
+    Limit(
+        "head_labels",
+        "*",
+        "route_base",
+        "rows with 5 outputs and rows of the base with another number make no tensor",
+        says="outputs of different sizes",
+    ),
+    Limit(
+        "head lora_bitfit_head",
+        "gpt2",
+        "merge",
+        "its output layer shares its weight with the word embeddings",
+        says="is shared with",
+    ),
+    Limit(
+        "head_labels",
+        "llama mistral gpt2",
+        "merge",
+        "the base's output layer has no bias to hold the trained one",
+        says="has no bias",
+    ),
+    Limit(
+        "prefix lora_prefix",
+        "sd15 sdxl plain",
+        "route_base",
+        "a row without a prefix beside rows with one needs a mask, which this attention cannot take",
+        says="different prefix lengths",
+    ),
+    Limit(
+        "prompt*",
+        "plain",
+        "route_base",
+        "a row without prompts beside rows with some needs a mask, which this model cannot take",
+        says="different numbers of prompt tokens",
+    ),
+    Limit(
+        "*",
+        "wav2vec2",
+        "pickling",
+        "torch cannot pickle a model with parametrised modules; deepcopy works",
+        how="base",
+    ),
+)
+
+
+def declared(method: Variant, family: str, check: str) -> Limit | None:
+    """The exception that covers a cell: a line of the table, or what the method class itself declares."""
+    for line in DECLARED:
+        if line.covers(method.name, family, check):
+            return line
+    if check in method.cannot:
+        how: How = "differs" if check == "identity" else "refused"
+        return Limit(method.name, family, check, method.cannot[check], how=how)
+    return None

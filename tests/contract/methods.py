@@ -1,0 +1,72 @@
+"""The method variants of the contract.  A registered method without a line here joins with its default fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import epitaxy
+from epitaxy import BitFit, Bottleneck, Head, LoRA, NormTuning, Prefix, Prompt
+from epitaxy.core.registry import methods_in
+
+CONVOLUTIONS = {"wav2vec2": "*conv_layers.*.conv"}  # its positional convolution is grouped, which LoRA refuses
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method with its fields; ``make(family)`` builds it, ``title`` is for people."""
+
+    name: str
+    title: str
+    make: Callable[[str], Any]
+
+    @property
+    def cannot(self) -> dict[str, str]:
+        """What the methods in it declare themselves unable to do."""
+        return {
+            ability: f"{part.method_name}: {reason}"
+            for part in methods_in(self.make("vit"))
+            for ability, reason in part.cannot.items()
+        }
+
+
+WRITTEN = (
+    Variant("lora", "LoRA", lambda family: LoRA(rank=4)),
+    Variant(
+        "lora_linear",
+        "LoRA, rank-stabilised, every linear map",
+        lambda family: LoRA(at="linear", rank=2, alpha=4, rank_stabilised=True),
+    ),
+    Variant("lora_conv", "LoRA, convolutions", lambda family: LoRA(at=CONVOLUTIONS.get(family, "conv"), rank=2)),
+    Variant("bottleneck_parallel", "Bottleneck, parallel", lambda family: Bottleneck.parallel(12)),
+    Variant("bottleneck_houlsby", "Bottleneck, Houlsby", lambda family: Bottleneck.houlsby(12)),
+    Variant("bottleneck_pfeiffer", "Bottleneck, Pfeiffer", lambda family: Bottleneck.pfeiffer(12)),
+    Variant("prompt", "Prompt, shallow", lambda family: Prompt(tokens=3)),
+    Variant("prompt_deep", "Prompt, deep", lambda family: Prompt(tokens=3, deep=True)),
+    Variant("prefix", "Prefix, joint", lambda family: Prefix(tokens=3)),
+    Variant("prefix_gated", "Prefix, gated", lambda family: Prefix(tokens=3, gated=True)),
+    Variant("bitfit", "BitFit", lambda family: BitFit()),
+    Variant("norm_tuning", "NormTuning", lambda family: NormTuning()),
+    Variant("head", "Head, a copy of the base's", lambda family: Head()),
+    Variant("head_labels", "Head, 5 labels", lambda family: Head(labels=5)),
+    Variant("lora_bitfit_head", "LoRA + BitFit + Head", lambda family: LoRA(rank=2) + BitFit() + Head()),
+    Variant("lora_prefix", "LoRA + joint Prefix", lambda family: LoRA(rank=2) + Prefix(tokens=2)),
+    Variant(
+        "bottleneck_norm_prefix",
+        "Bottleneck + NormTuning + gated Prefix",
+        lambda family: Bottleneck(bottleneck=12) + NormTuning() + Prefix(tokens=2, gated=True),
+    ),
+)
+
+
+@cache
+def variants() -> dict[str, Variant]:
+    """Every variant by name: those above, and every other known method of this package as it comes."""
+    covered = {part.method_name for variant in WRITTEN for part in methods_in(variant.make("vit"))}
+    found = {variant.name: variant for variant in WRITTEN}
+    for name, cls in epitaxy.methods().items():
+        if name not in covered and cls.__module__.startswith("epitaxy.methods."):
+            found[name] = Variant(name, cls.__name__, lambda family, cls=cls: cls())
+    return found

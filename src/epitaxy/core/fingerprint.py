@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,13 @@ def fingerprint(model: nn.Module) -> Base:
             sample = value.flatten()[:16].to("cpu", torch.bfloat16)
             weights.update(sample.view(torch.int16).numpy().tobytes())
     config = getattr(model, "config", None)
+    return Base(anatomy.family, type(model).__name__, shapes.hexdigest()[:16], weights.hexdigest()[:16], _source(config))
+
+
+def _source(config: object) -> str | None:
+    """What the base was opened as; of a directory only its name, as a path says nothing on another machine."""
     source = getattr(config, "_name_or_path", None) or None
-    return Base(anatomy.family, type(model).__name__, shapes.hexdigest()[:16], weights.hexdigest()[:16], source)
+    return Path(source).name if source is not None and Path(source).is_dir() else source
 
 
 def check_base(expected: dict[str, str | None], found: Base, path: str) -> str | None:

@@ -55,6 +55,7 @@ def open_classifier(source: str, labels: Sequence[str], dtype: str = "float32") 
         config.label2id = {label: number for number, label in enumerate(labels)}
         model, info = _read(source, "weights", lambda: _load(where, modality, config, DTYPES[dtype]))
         processor = _read(source, "processor", lambda: _auto(_PROCESSORS[modality]).from_pretrained(where))
+    model.config._name_or_path = source  # what files name as the base: not where this installation keeps it
     head = _head_path(source, model, len(labels))
     fresh = _check_loaded(source, model, head, info) or fresh
     if fresh:

@@ -109,7 +109,7 @@ def test_what_has_no_low_rank_change_is_refused() -> None:
 
 
 def test_a_change_per_row_has_no_merged_form() -> None:
-    model, x, edit = adapted("linear")
+    model, _, edit = adapted("linear")
     edit.bind(torch.randn(2, *edit.down.shape), torch.randn(2, *edit.up.shape))
     before = model.layer.weight.clone()
     with pytest.raises(UnsupportedError, match="row to row"):

@@ -213,7 +213,10 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 
 def _tensor_file(path: Path) -> Path:
-    return path / TENSORS if path.is_dir() else path
+    file = path / TENSORS if path.is_dir() else path
+    if not file.exists():
+        raise FormatError(f"{path}: {CONFIG} is there but {TENSORS} is missing")
+    return file
 
 
 def _recognises(path: Path) -> bool:
@@ -278,7 +281,8 @@ def _write(model: nn.Module, target: Path, name: str) -> None:
     write_atomically(target / TENSORS, serialise(tensors, {"format": "epitaxy", "config": text}))
     write_atomically(target / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     if card:
-        write_atomically(target / CARD, render(config, adapter.size()).encode())
+        values = sum(tensor.numel() for tensor in tensors.values())
+        write_atomically(target / CARD, render(json.loads(text), values).encode())
     again, _ = read_tensors(target / TENSORS)
     if again.keys() != tensors.keys() or any(not torch.equal(again[key], tensors[key]) for key in tensors):
         raise FormatError(f"{target / TENSORS}: what was written does not read back; the disk may be full or failing")
@@ -305,8 +309,6 @@ def _card_to_replace(target: Path, name: str) -> bool:
 
 def _read(model: nn.Module, path: Path, name: str) -> Adapter:
     file = _tensor_file(path)
-    if not file.exists():
-        raise FormatError(f"{path}: {CONFIG} is there but {TENSORS} is missing")
     _, config = _header(file)
     tensors, _ = read_tensors(file)
     warning = check_base(config["base"], fingerprint(model), str(file))

@@ -127,12 +127,11 @@ def _mergeable(model: nn.Module, adapter: Adapter) -> list[tuple[str, Edit]]:
             raise UnsupportedError(
                 f"adapter {adapter.name!r} cannot be merged: {part.method_name}: {part.cannot['merge']}"
             )
+    if not all(isinstance(piece.module, Edit) for piece in adapter.pieces):
+        raise UnsupportedError(f"adapter {adapter.name!r} cannot be merged: what its generator adds needs a context")
     edits: list[tuple[str, Edit]] = []
     for piece in adapter.pieces:
-        if not isinstance(piece.module, Edit):
-            raise UnsupportedError(
-                f"adapter {adapter.name!r} cannot be merged: what its generator adds needs a context"
-            )
+        assert isinstance(piece.module, Edit)
         host = model.get_submodule(piece.path)
         piece.module.mergeable_into(host)
         _refuse_tied(model, host, piece.path)

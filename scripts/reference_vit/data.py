@@ -19,6 +19,7 @@ from scripts.reference_vit.model import MEAN, STD
 from scripts.reference_vit.pictures import (
     FASHION_CLASSES,
     HELD_OUT_FASHION,
+    Bytes,
     Emoji,
     load_fashion,
     load_photos,
@@ -99,7 +100,11 @@ def build_pool(cache: Path, seed: int) -> Pool:
     """Paint every picture and show it to the teacher."""
     names = {name: index for index, name in enumerate(label_names(seen_emoji(cache)))}
     teacher = load_teacher(cache).to(memory_format=torch.channels_last)
-    stored, groups, identities, features, waiting = [], [], [], [], []
+    stored: list[Bytes] = []
+    groups: list[int] = []
+    identities: list[int] = []
+    features: list[Tensor] = []
+    waiting: list[Bytes] = []
 
     def show_to_teacher() -> None:
         batch = torch.from_numpy(np.stack(waiting)).permute(0, 3, 1, 2).float() / 255

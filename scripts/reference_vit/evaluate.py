@@ -33,9 +33,9 @@ SHARE_DRAWN = 0.75
 
 @dataclass
 class Split:
-    """Pixels and labels of one part of a picture set."""
+    """Pixels or features, and labels, of one part of a picture set."""
 
-    pixels: Tensor
+    inputs: Tensor
     labels: Tensor
 
 
@@ -71,7 +71,7 @@ def features(model: ViTForImageClassification, pixels: Tensor) -> Tensor:
 def fit_logistic(inputs: Tensor, labels: Tensor, penalty: float) -> Tensor:
     """Weights of a logistic regression, the last row being the bias, which is not penalised."""
     weight = torch.zeros(inputs.shape[1] + 1, int(labels.max()) + 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss_with_gradient() -> float:
         optimizer.zero_grad()
@@ -86,14 +86,14 @@ def fit_logistic(inputs: Tensor, labels: Tensor, penalty: float) -> Tensor:
 
 def probe_accuracy(train: Split, val: Split, test: Split) -> float:
     """Logistic regression on standardised features; the penalty is chosen on the validation part."""
-    mean, spread = train.pixels.mean(0), train.pixels.std(0) + 1e-6
-    inputs = {id(split): (split.pixels - mean) / spread for split in (train, val, test)}
+    mean, spread = train.inputs.mean(0), train.inputs.std(0) + 1e-6
+    for_training, for_val, for_test = ((split.inputs - mean) / spread for split in (train, val, test))
     best_on_val, its_test = -1.0, 0.0
     for penalty in PENALTIES:
-        weight = fit_logistic(inputs[id(train)], train.labels, penalty)
+        weight = fit_logistic(for_training, train.labels, penalty)
         on_val, on_test = (
-            ((inputs[id(split)] @ weight[:-1] + weight[-1]).argmax(1) == split.labels).float().mean().item()
-            for split in (val, test)
+            ((inputs @ weight[:-1] + weight[-1]).argmax(1) == labels).float().mean().item()
+            for inputs, labels in ((for_val, val.labels), (for_test, test.labels))
         )
         if on_val > best_on_val:
             best_on_val, its_test = on_val, on_test
@@ -102,20 +102,24 @@ def probe_accuracy(train: Split, val: Split, test: Split) -> float:
 
 def neighbour_accuracy(train: Split, test: Split) -> float:
     """Vote of the most similar training pictures by cosine, weighted by similarity."""
-    similarity = F.normalize(test.pixels, dim=1) @ F.normalize(train.pixels, dim=1).T
+    similarity = F.normalize(test.inputs, dim=1) @ F.normalize(train.inputs, dim=1).T
     nearest, rows = similarity.topk(NEIGHBOURS)
     votes = torch.zeros(len(test.labels), int(train.labels.max()) + 1)
     votes.scatter_add_(1, train.labels[rows], nearest)
     return (votes.argmax(1) == test.labels).float().mean().item()
 
 
-def judge(model: ViTForImageClassification, parts: dict[str, Split], seed: int) -> tuple[float, float]:
-    """Probe and neighbour accuracy of one model with one draw of the training pictures."""
-    seen = {part: Split(features(model, split.pixels), split.labels) for part, split in parts.items()}
+def look(model: ViTForImageClassification, parts: dict[str, Split]) -> dict[str, Split]:
+    """The same parts with features in place of pixels."""
+    return {part: Split(features(model, split.inputs), split.labels) for part, split in parts.items()}
+
+
+def judge(seen: dict[str, Split], seed: int) -> tuple[float, float]:
+    """Probe and neighbour accuracy on features, with one draw of the training pictures."""
     random = torch.Generator().manual_seed(seed)
     count = len(seen["train"].labels)
     rows = torch.randperm(count, generator=random)[: int(SHARE_DRAWN * count)]
-    drawn = Split(seen["train"].pixels[rows], seen["train"].labels[rows])
+    drawn = Split(seen["train"].inputs[rows], seen["train"].labels[rows])
     return probe_accuracy(drawn, seen["val"], seen["test"]), neighbour_accuracy(drawn, seen["test"])
 
 
@@ -152,10 +156,8 @@ def main() -> None:
     for name in SETS:
         parts = read_set(name)
         for kind in ("trained", "random"):
-            scores = [
-                judge(trained if kind == "trained" else build_model(labels, seed), parts, seed)
-                for seed in range(arguments.seeds)
-            ]
+            once = look(trained, parts) if kind == "trained" else None
+            scores = [judge(once or look(build_model(labels, seed), parts), seed) for seed in range(arguments.seeds)]
             probes, neighbours = zip(*scores, strict=True)
             print(f"| {name:14s} | {kind:7s} | {show(list(probes))} | {show(list(neighbours))} |", flush=True)
     accuracy = seen_garment_accuracy(trained, arguments.cache)

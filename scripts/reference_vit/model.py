@@ -48,6 +48,7 @@ def export(model: ViTForImageClassification, folder: Path) -> None:
     tensors["vit.pooler.dense.bias"] = torch.zeros(width, dtype=torch.float16)
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # the writer makes the file private
     os.replace(partial, folder / "model.safetensors")
 
     config = model.config.to_diff_dict()

@@ -92,6 +92,22 @@ def test_a_zip_reads_like_its_folder_and_the_data_can_be_pickled(tmp_path: Path)
         assert copy[number].value.tobytes() == plain.train[number].value.tobytes()
 
 
+def test_a_damaged_file_in_a_zip_is_named(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "d", WHOLE)
+    archive = tmp_path / "d.zip"
+    with zipfile.ZipFile(archive, "w") as target:
+        for file in sorted(root.rglob("*.png")):
+            target.write(file, file.relative_to(root))
+        hurt = target.getinfo("train/red/002.png")
+    data = bytearray(archive.read_bytes())
+    data[hurt.header_offset + 200] ^= 1
+    archive.write_bytes(data)
+    with pytest.raises(
+        FormatError, match=r"1 of 24 .*d.zip/train/red/002.png \(cannot be read \(damaged in the archive"
+    ):
+        load_splits(DataSpec(str(archive)))
+
+
 def test_bad_files_are_counted_and_named_or_left_out(tmp_path: Path) -> None:
     root = pictures(tmp_path / "d", WHOLE)
     (root / "train/red/empty.png").write_bytes(b"")

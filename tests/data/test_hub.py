@@ -27,6 +27,11 @@ def texts(split: str, count: int = 8) -> dict[str, list[Any]]:
     return {"text": [f"{split} {number}" for number in range(count)], "label": [number % 2 for number in range(count)]}
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 LABELS = datasets.ClassLabel(names=["no", "yes"])
 
 

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from epitaxy.core.errors import FormatError
-from epitaxy.data.decode import Waveform, decode_audio, resample
+from epitaxy.data.decode import Waveform, decode_audio
 from epitaxy.data.splits import DataSpec, load_splits
 from tests.data.makers import picture, tone
 
@@ -55,7 +55,7 @@ def test_resampling_keeps_what_fits_and_removes_what_does_not(source: int, targe
     time = np.arange(source) / source
     limit = min(source, target) / 2
     for frequency in (50.0, 1000.0, 0.85 * limit):
-        wave = resample(Waveform(np.sin(2 * np.pi * frequency * time + 0.3).astype(np.float32), source), target)
+        wave = Waveform(np.sin(2 * np.pi * frequency * time + 0.3).astype(np.float32), source).at(target)
         assert wave.rate == target
         assert len(wave.samples) == target
         expected = np.sin(2 * np.pi * frequency * np.arange(target) / target + 0.3)
@@ -63,14 +63,14 @@ def test_resampling_keeps_what_fits_and_removes_what_does_not(source: int, targe
         assert np.abs(wave.samples - expected)[edge:-edge].max() < 2e-3
     if target < source:
         above = min(1.15 * limit, 0.98 * source / 2)
-        alias = resample(Waveform(np.sin(2 * np.pi * above * time).astype(np.float32), source), target)
+        alias = Waveform(np.sin(2 * np.pi * above * time).astype(np.float32), source).at(target)
         assert np.abs(alias.samples[target // 50 : -target // 50]).max() < 1e-3
 
 
 def test_resampling_keeps_a_constant_and_works_on_very_short_sounds() -> None:
-    steady = resample(Waveform(np.ones(4000, np.float32), 44100), 16000)
+    steady = Waveform(np.ones(4000, np.float32), 44100).at(16000)
     assert np.abs(steady.samples[200:-200] - 1).max() < 1e-5
-    assert len(resample(Waveform(np.ones(1, np.float32), 44100), 16000).samples) == 1
+    assert len(Waveform(np.ones(1, np.float32), 44100).at(16000).samples) == 1
 
 
 def test_bad_sounds_have_their_reasons(tmp_path: Path) -> None:

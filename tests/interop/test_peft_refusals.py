@@ -268,6 +268,8 @@ def test_pickles_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     refused(tmp_path, "not a readable file of plain tensors", place=str(file))
     torch.save([torch.ones(2)], file)
     refused(tmp_path, "expected a mapping of names to tensors", place=str(file))
+    torch.save({3: torch.ones(2)}, file)
+    refused(tmp_path, "expected a mapping of names to tensors", place=str(file))
     torch.save({"x": 3}, file)
     refused(tmp_path, "expected a mapping of names to tensors", place=str(file))
     assert not (tmp_path / "exploded").exists()

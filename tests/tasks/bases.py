@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
-    ViTImageProcessor,
+    ViTImageProcessorPil,
     ViTModel,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
@@ -45,7 +45,7 @@ def save_vit(path: Path, labels: Sequence[str] = ("one", "two"), headless: bool 
     torch.manual_seed(1)
     model = ViTModel(config, add_pooling_layer=False) if headless else ViTForImageClassification(config)
     model.save_pretrained(path)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(path)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(path)
     return path
 
 
@@ -71,7 +71,8 @@ def save_wav2vec2(path: Path, labels: Sequence[str] = ("one", "two")) -> Path:
         num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2,
         classifier_proj_size=8,
-        mask_time_prob=0.0,
+        mask_time_prob=0.3,
+        mask_time_length=2,
         **_named(labels),
     )
     torch.manual_seed(1)

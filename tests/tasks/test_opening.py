@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from epitaxy.core.anatomy import describe
 from epitaxy.core.errors import EpitaxyError, FormatError
 from epitaxy.models.opening import open_classifier
-from tests.tasks.bases import SAVERS, save_bert, save_vit
+from tests.tasks.bases import SAVERS, SIZES, save_bert, save_vit, tokenizer
 
 
 def head_of(model: torch.nn.Module) -> torch.nn.Linear:
@@ -102,7 +103,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="expected the directory of a model, found a file"):
         open_classifier(str(tmp_path / "file"), labels)
     (tmp_path / "bare").mkdir()
-    with pytest.raises(FormatError, match="config.json is missing"):
+    with pytest.raises(FormatError, match=r"config.json is missing"):
         open_classifier(str(tmp_path / "bare"), labels)
     with pytest.raises(FormatError, match=r"nobody/nothing-here: cannot open the model's config: "):
         open_classifier("nobody/nothing-here", labels)
@@ -131,6 +132,26 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     (strange / "config.json").write_text(json.dumps({**config, "model_type": "nosuchmodel"}))
     with pytest.raises(FormatError, match=r"strange: cannot open the model's config: .*nosuchmodel"):
         open_classifier(str(strange), labels)
+
+
+def test_the_code_of_a_model_is_never_run(tmp_path: Path) -> None:
+    path = save_vit(tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    foreign = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
+    (path / "config.json").write_text(json.dumps({**config, **foreign}))
+    (path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    with pytest.raises(FormatError, match=r"m: cannot open the model's config: "):
+        open_classifier(str(path), ["one", "two"])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_head_of_roberta_is_its_last_layer(tmp_path: Path) -> None:
+    config = RobertaConfig(**SIZES, vocab_size=16, max_position_embeddings=26, num_labels=3)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "m")
+    tokenizer().save_pretrained(tmp_path / "m")
+    opened = open_classifier(str(tmp_path / "m"), ["a", "b"])
+    assert head_of(opened.model) is opened.model.classifier.out_proj
+    assert opened.model.classifier.out_proj.out_features == 2
 
 
 def test_labels_are_checked() -> None:

@@ -63,7 +63,7 @@ class Anatomy:
 
 def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
     """Find the roles of ``model``; with ``layout`` given, blocks are recognised by it alone."""
-    modules = {path: module for path, module in model.named_modules() if not _is_ours(path)}
+    modules = base_modules(model)
     layouts = (layout,) if layout is not None else BLOCK_LAYOUTS
     roles: dict[str, list[Spot]] = {}
     layer = 0
@@ -89,8 +89,20 @@ def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
     return Anatomy(_family(model), {role: tuple(spots) for role, spots in roles.items()}, causal, trunk, obstacle)
 
 
-def _is_ours(path: str) -> bool:
-    return path == "epitaxy" or path.startswith("epitaxy.") or ".epitaxy" in path
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of the base by path, in the order of ``named_modules``; adapters are not entered, however many."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found[path] = module
+        inner = [(name, child) for name, child in module._modules.items() if child is not None and name != "epitaxy"]
+        waiting.extend((f"{path}.{name}" if path else name, child) for name, child in reversed(inner))
+    return found
 
 
 def _candidates(modules: dict[str, nn.Module], layout: Layout | None) -> list[tuple[str, nn.Module]]:
@@ -233,4 +245,15 @@ def _family(model: nn.Module) -> str:
     return str(kind) if kind else type(model).__name__
 
 
-__all__ = ["Anatomy", "Layout", "Part", "Spot", "describe", "is_linear", "is_norm", "is_transposed_linear", "weight_of"]
+__all__ = [
+    "Anatomy",
+    "Layout",
+    "Part",
+    "Spot",
+    "base_modules",
+    "describe",
+    "is_linear",
+    "is_norm",
+    "is_transposed_linear",
+    "weight_of",
+]

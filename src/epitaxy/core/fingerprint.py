@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from epitaxy.core.anatomy import base_modules, describe
 from epitaxy.core.errors import FormatError
 from epitaxy.core.host import hosted, unwrap
 
@@ -35,8 +37,6 @@ class Base:
 
 def fingerprint(model: nn.Module) -> Base:
     """Identify the base of ``model``, whatever adapters it carries; merged weights are looked through."""
-    from epitaxy.core.anatomy import describe
-
     model = unwrap(model)
     record = hosted(model)
     anatomy = record.anatomy if record is not None else describe(model)
@@ -46,8 +46,8 @@ def fingerprint(model: nn.Module) -> Base:
         for name in reversed(record.state.merged):
             stashed.update(record.stash[name])
     shapes, weights = hashlib.sha256(), hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if "epitaxy" in name.split(".") or name.startswith(heads or ("\0",)):
+    for name, parameter in _base_parameters(model):
+        if name.startswith(heads or ("\0",)):
             continue
         value = stashed.get(name, parameter).detach()
         shapes.update(f"{name}{tuple(value.shape)}".encode())
@@ -57,7 +57,19 @@ def fingerprint(model: nn.Module) -> Base:
             sample = value.flatten()[:16].to("cpu", torch.bfloat16)
             weights.update(sample.view(torch.int16).numpy().tobytes())
     config = getattr(model, "config", None)
-    return Base(anatomy.family, type(model).__name__, shapes.hexdigest()[:16], weights.hexdigest()[:16], _source(config))
+    return Base(
+        anatomy.family, type(model).__name__, shapes.hexdigest()[:16], weights.hexdigest()[:16], _source(config)
+    )
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """As ``named_parameters``, without walking through the adapters, of which there may be thousands."""
+    seen: set[int] = set()
+    for path, module in base_modules(model).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{path}.{name}" if path else name), parameter
 
 
 def _source(config: object) -> str | None:

@@ -241,8 +241,8 @@ OUTER_ROLES: dict[str, tuple[str, ...]] = {
 
 HEAD_PATHS = (
     "classifier",
-    "classifier.dense",
     "classifier.out_proj",
+    "classifier.dense",
     "score",
     "lm_head",
     "proj_out",

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from epitaxy.core.anatomy import TYPE_ROLES, Anatomy, Spot, is_linear, is_norm, weight_of
+from epitaxy.core.anatomy import TYPE_ROLES, Anatomy, Spot, base_modules, is_linear, is_norm, weight_of
 from epitaxy.core.errors import SiteError, nearest
 
 
@@ -56,7 +56,7 @@ def select(
     wanted = (at,) if isinstance(at, str) else tuple(at)
     if not wanted:
         raise SiteError("`at` is empty: name at least one role or module path")
-    modules = dict(model.named_modules())
+    modules = base_modules(model)
     found: dict[str, tuple[str, Spot]] = {}
     for entry in wanted:
         for role, spot in _matches(entry, anatomy, modules):
@@ -81,7 +81,6 @@ def _matches(entry: str, anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> 
         paths = [path for path in modules if path and path == entry[1:]]
     else:
         paths = [path for path in modules if path == entry or path.endswith("." + entry)]
-    paths = [path for path in paths if "epitaxy" not in path.split(".")]
     if not paths and entry in TYPE_ROLES:
         raise SiteError(f"{anatomy.family} has no module of the kind {entry!r}")
     if not paths:

@@ -29,6 +29,10 @@ class Waveform:
     samples: NDArray[np.float32] = field(repr=False)
     rate: int
 
+    def at(self, rate: int) -> Waveform:
+        """The same sound at ``rate`` Hz: band-limited interpolation with a Kaiser-windowed sinc (linear phase)."""
+        return self if rate == self.rate else _resample(self, rate)
+
 
 def decode_image(data: bytes, name: str, quick: bool = False) -> Image.Image:
     """Decode a picture to RGB, upright.  ``quick`` lets a JPEG be decoded small: every byte read, little computed.
@@ -84,7 +88,7 @@ def decode_audio(data: bytes, name: str, rate: int | None = None) -> Waveform:
         raise FormatError(f"{name}: holds NaN or infinite samples")
     mono = np.ascontiguousarray(samples.mean(axis=1, dtype=np.float32))
     wave = Waveform(mono, stored_rate)
-    return wave if rate is None else resample(wave, rate)
+    return wave if rate is None else wave.at(rate)
 
 
 def _soundfile() -> Any:
@@ -108,10 +112,7 @@ def _is_cut_wav(data: bytes) -> bool:
     return False
 
 
-def resample(wave: Waveform, rate: int) -> Waveform:
-    """The same sound at ``rate`` Hz: band-limited interpolation with a Kaiser-windowed sinc (linear phase)."""
-    if rate == wave.rate:
-        return wave
+def _resample(wave: Waveform, rate: int) -> Waveform:
     divisor = math.gcd(rate, wave.rate)
     up, down = rate // divisor, wave.rate // divisor
     table, reach = _kernel(up, down)

@@ -36,7 +36,7 @@ class Member:
         """Its bytes."""
         try:
             return open_archive(self.archive).read(self.name)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, RuntimeError) as error:
             raise OSError(f"damaged in the archive ({error})") from None
 
 

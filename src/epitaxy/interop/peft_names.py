@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from epitaxy.core.anatomy import base_modules
 from epitaxy.core.errors import FormatError, nearest
 
 
@@ -19,7 +20,7 @@ def names_in_file(model: nn.Module, wanted: Iterable[str], source: str) -> dict[
 
     Raises ``FormatError`` naming the first name that no naming explains, and the nearest modules.
     """
-    paths = [path for path, _ in model.named_modules() if path and "epitaxy" not in path.split(".")]
+    paths = [path for path in base_modules(model) if path]
     needed = sorted(set(wanted))
     best: list[str] = needed
     for naming in _namings(model, paths):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from epitaxy.core.adapter import Adapter
-from epitaxy.core.anatomy import Anatomy, describe, is_linear, is_norm
+from epitaxy.core.anatomy import Anatomy, base_modules, describe, is_linear, is_norm
 from epitaxy.core.edits import Delta, Swap
 from epitaxy.core.edits.swap import Replace
 from epitaxy.core.errors import EpitaxyError, FormatError
@@ -112,7 +112,8 @@ def load_tensors(file: Path) -> Mapping[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(f"{file}: not a readable file of plain tensors ({reason})") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+    if not named or not all(isinstance(value, Tensor) for value in content.values()):
         raise FormatError(f"{file}: expected a mapping of names to tensors")
     return content
 
@@ -120,7 +121,7 @@ def load_tensors(file: Path) -> Mapping[str, Tensor]:
 def sort(tensors: Mapping[str, Tensor], file: Path) -> Stored:
     """Sort tensors by module; raises on factors of LoRA variants that are not plain LoRA."""
     stored = Stored(file)
-    for key, tensor in sorted(tensors.items()):
+    for key, tensor in tensors.items():
         short = key.removeprefix(PREFIX).replace("_orig_mod.", "").replace(".base_layer.", ".")
         match = FACTOR.fullmatch(short)
         if match is not None:
@@ -145,7 +146,7 @@ def sort(tensors: Mapping[str, Tensor], file: Path) -> Stored:
 
 
 def _plan(model: nn.Module, anatomy: Anatomy, config: LoraConfig, stored: Stored, naming: Mapping[str, str]) -> Plan:
-    modules = dict(model.named_modules())
+    modules = base_modules(model)
     plan = Plan()
     for name in stored.factors:
         host = modules[naming[name]]

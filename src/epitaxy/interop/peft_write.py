@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from epitaxy.core.adapter import Adapter, Piece
-from epitaxy.core.anatomy import is_norm
+from epitaxy.core.anatomy import base_modules, is_norm
 from epitaxy.core.edits import Delta, Edit, Swap
 from epitaxy.core.edits.swap import Replace
 from epitaxy.core.errors import FormatError, UnsupportedError
@@ -134,7 +134,7 @@ def _fused(changes: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor,
 
 
 def _config(model: nn.Module, name: str, content: Content, rank_stabilised: bool, dropout: float) -> dict[str, Any]:
-    modules = {path: module for path, module in model.named_modules() if path and "epitaxy" not in path.split(".")}
+    modules = {path: module for path, module in base_modules(model).items() if path}
     settings = {
         path: (down.shape[0], _alpha(scale, down.shape[0], rank_stabilised))
         for path, (down, _, scale) in content.changes.items()

@@ -48,13 +48,13 @@ def open_classifier(source: str, labels: Sequence[str], dtype: str = "float32") 
         raise EpitaxyError(f"no weight type is called {dtype!r}{nearest(dtype, DTYPES)}")
     where = _locate(source)
     with _quiet():
-        config = _read(source, "config", lambda: _auto("AutoConfig").from_pretrained(where))
+        config = _read(source, "config", lambda: _auto("AutoConfig").from_pretrained(where, **_OWN_CODE))
         modality = _modality(source, config)
         fresh = _is_fresh(config, labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: number for number, label in enumerate(labels)}
         model, info = _read(source, "weights", lambda: _load(where, modality, config, DTYPES[dtype]))
-        processor = _read(source, "processor", lambda: _auto(_PROCESSORS[modality]).from_pretrained(where))
+        processor = _read(source, "processor", lambda: _auto(_PROCESSORS[modality]).from_pretrained(where, **_OWN_CODE))
     model.config._name_or_path = source  # what files name as the base: not where this installation keeps it
     head = _head_path(source, model, len(labels))
     fresh = _check_loaded(source, model, head, info) or fresh
@@ -65,6 +65,7 @@ def open_classifier(source: str, labels: Sequence[str], dtype: str = "float32") 
     return Opened(model, processor, modality, source, "fresh" if fresh else "kept")
 
 
+_OWN_CODE = {"trust_remote_code": False}  # None would ask on the terminal whether to run the model's code
 _PROCESSORS = {"vision": "AutoImageProcessor", "audio": "AutoFeatureExtractor", "text": "AutoTokenizer"}
 _MODELS: dict[Modality, str] = {
     "vision": "AutoModelForImageClassification",
@@ -169,6 +170,7 @@ def _load(where: str, modality: Modality, config: Any, dtype: torch.dtype) -> An
         use_safetensors=True,
         dtype=dtype,
         output_loading_info=True,
+        **_OWN_CODE,
     )
 
 

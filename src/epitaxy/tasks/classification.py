@@ -5,19 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epitaxy.core.errors import EpitaxyError, FormatError
-from epitaxy.data.decode import Waveform, resample
-from epitaxy.data.splits import Example, Examples
-from epitaxy.models.opening import Opened
 from epitaxy.tasks.metrics import Metrics, score
 
 Batch = dict[str, Tensor]
+
+
+class Opened(Protocol):
+    """A model with the processor of its inputs, as ``open_classifier`` returns it."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def processor(self) -> Any: ...
+    @property
+    def modality(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+
+
+class Example(Protocol):
+    """A picture, a sound (which can give itself ``at`` another rate) or a text, with its class number and name."""
+
+    @property
+    def value(self) -> Any: ...
+    @property
+    def label(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+
+
+class Examples(Protocol):
+    """A data set whose labels are known without decoding."""
+
+    @property
+    def labels(self) -> Sequence[int]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> Example: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +80,7 @@ class Classification:
     def _prepare(self, examples: Sequence[Example]) -> Any:
         values = [example.value for example in examples]
         found = {"vision": "picture", "audio": "sound", "text": "text"}
-        kind = "text" if isinstance(values[0], str) else "audio" if isinstance(values[0], Waveform) else "vision"
+        kind = "text" if isinstance(values[0], str) else "audio" if hasattr(values[0], "samples") else "vision"
         if kind != self.modality:
             raise FormatError(f"{self.source} reads {found[self.modality]}s, but {examples[0].name} is a {found[kind]}")
         if kind == "vision":
@@ -58,7 +88,7 @@ class Classification:
         if kind == "text":
             return self.processor(values, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt")
         rate = int(self.processor.sampling_rate)
-        samples = [resample(wave, rate).samples for wave in values]
+        samples = [wave.at(rate).samples for wave in values]
         raw = self.processor.model_input_names[0] == "input_values"  # spectrograms have a length of their own
         return self.processor(samples, sampling_rate=rate, return_tensors="pt", **({"padding": True} if raw else {}))
 

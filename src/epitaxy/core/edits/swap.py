@@ -7,7 +7,6 @@ base, swaps of several adapters add up, and only a merge writes into the base.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,9 @@ from torch import Tensor, nn
 from epitaxy.core.anatomy import is_linear, is_norm, is_transposed_linear, weight_of
 from epitaxy.core.edits.edit import Edit, cast, refuse_quantised
 from epitaxy.core.errors import SiteError, UnsupportedError
+
+NORMS = (nn.LayerNorm, nn.GroupNorm)
+BATCH_NORMS = nn.modules.batchnorm._NormBase  # instance norms too
 
 
 class Swap(Edit):
@@ -38,9 +40,9 @@ class Swap(Edit):
             self.register_parameter(name, nn.Parameter(torch.zeros_like(base, dtype=kind)))
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        if "weight" in self.names:
-            bias = self.bias if "bias" in self.names else None
-            return y + _norm_change(host, x, self.weight, bias).to(y.dtype)
+        if "weight" in self.names or (is_norm(host) and type(host) not in NORMS and not isinstance(host, BATCH_NORMS)):
+            weight = self.weight if "weight" in self.names else torch.zeros_like(self.bias)
+            return y + _norm_change(host, x, weight, self.bias if "bias" in self.names else None).to(y.dtype)
         return y + _along_channels(host, cast(self.bias, y), y.dim())
 
     def mergeable_into(self, host: nn.Module) -> None:
@@ -98,35 +100,42 @@ class Replace(Edit):
         return new
 
 
-class _View:
-    """Looks like ``host`` with another weight; lets a norm of unknown class compute with it."""
-
-    def __init__(self, host: nn.Module, **replaced: Any) -> None:
-        self.__dict__.update(host.__dict__)
-        self.__dict__.update({**host._parameters, **host._buffers, **replaced})
+def _with(host: nn.Module, **replaced: Tensor) -> nn.Module:
+    """A module like ``host`` with other parameters and no hooks; lets a norm of unknown class compute with them."""
+    twin: nn.Module = object.__new__(type(host))
+    twin.__dict__.update({**host.__dict__, "_parameters": {**host._parameters, **replaced}})
+    return twin
 
 
 def _norm_change(host: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Norms are linear in weight and bias: the change of the output is the norm computed with the changes."""
+    if type(host) not in NORMS and not isinstance(host, BATCH_NORMS):
+        return _unknown_norm_change(host, x, weight, bias)
     weight = cast(weight, x)
     bias = cast(bias, x) if bias is not None else None
     if type(host) is nn.LayerNorm:
         return F.layer_norm(x, host.normalized_shape, weight, bias, host.eps)
     if type(host) is nn.GroupNorm:
         return F.group_norm(x, host.num_groups, weight, bias, host.eps)
-    if isinstance(host, nn.modules.batchnorm._BatchNorm):
+    if isinstance(host, BATCH_NORMS):
         if host.training or host.running_mean is None:  # batch statistics, without counting them a second time
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, host.eps)
         return F.batch_norm(x, host.running_mean, host.running_var, weight, bias, False, 0.0, host.eps)
-    replaced: dict[str, Any] = {"weight": weight}
-    if bias is not None:
-        replaced["bias"] = bias
+
+
+def _unknown_norm_change(host: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the host's own forward makes of the changes, less what it makes of zeros.
+
+    The difference because Gemma's norm multiplies by one plus its weight: zero weight is not zero output.  In fp32,
+    as a small change would be lost beside that one.
+    """
     forward: Callable[..., Tensor] = type(host).forward
-    change = forward(_View(host, **replaced), x)
-    origin = forward(_View(host, weight=torch.zeros_like(weight)), x)
-    return change - origin  # Gemma's norm multiplies by (1 + weight): zero weight is not zero output
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    changes = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    zeros = {name: torch.zeros_like(value) for name, value in changes.items()}
+    return forward(_with(host, **changes), wide) - forward(_with(host, **zeros), wide)
 
 
 def _along_channels(host: nn.Module, vector: Tensor, dimensions: int) -> Tensor:
-    channel_second = isinstance(host, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
+    channel_second = isinstance(host, (nn.modules.conv._ConvNd, nn.GroupNorm, BATCH_NORMS))
     return vector.view(-1, *(1,) * (dimensions - 2)) if channel_second else vector

@@ -1,0 +1,82 @@
+"""What verbs are given on the command line, found and opened: adapters, run directories, bases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from epitaxy.core.errors import EpitaxyError, FormatError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from epitaxy.core.files import Contents
+
+
+@dataclass(frozen=True)
+class Base:
+    """An opened base model and its processor, where it has one."""
+
+    model: nn.Module
+    processor: Any
+    source: str
+
+
+def adapter_in(path: Path) -> Path:
+    """The adapter at ``path``, which may be a run directory."""
+    from epitaxy.train.run_directory import ADAPTER, MODEL, is_run
+
+    if not is_run(path):
+        return path
+    if (path / ADAPTER).is_dir():
+        return path / ADAPTER
+    if (path / MODEL).is_dir():
+        raise EpitaxyError(f"{path}: a run of full fine-tuning, which has no adapter; its model is {path / MODEL}")
+    raise EpitaxyError(f"{path}: this run has no adapter yet; finish it with epitaxy train")
+
+
+def source_of(contents: Contents) -> str:
+    """The base an adapter says it was made for."""
+    source = contents.provenance.get("base") or contents.base.get("source")
+    if not source:
+        raise FormatError(f"{contents.path}: does not say which base it was made for; name it with --base")
+    return str(source)
+
+
+def classes_of(contents: Contents) -> list[str] | None:
+    """The classes an adapter was trained for, if it is a classifier's."""
+    classes = contents.provenance.get("classes")
+    return [str(name) for name in classes] if isinstance(classes, list) else None
+
+
+def open_base(source: str, classes: Sequence[str] | None) -> Base:
+    """Open a classifier of ``classes``, or without them the model class that the source's own config names."""
+    from epitaxy.models.opening import open_classifier
+
+    if classes is not None:
+        opened = open_classifier(source, classes)
+        return Base(opened.model, opened.processor, source)
+    return _open_any(source)
+
+
+def _open_any(source: str) -> Base:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        name = (config.architectures or [""])[0]
+        if not hasattr(transformers, name):
+            raise FormatError(f"{source}: its config names the class {name!r}, which transformers does not have")
+        model = getattr(transformers, name).from_pretrained(source, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        if isinstance(error, EpitaxyError):
+            raise
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise FormatError(f"{source}: cannot be opened as a transformers model: {first}") from None
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError):
+        processor = None
+    return Base(model, processor, source)

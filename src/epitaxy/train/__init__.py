@@ -1,0 +1,1 @@
+"""Training on accelerate, with exact resume."""

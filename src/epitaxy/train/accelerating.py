@@ -1,0 +1,72 @@
+"""Accelerate, set up for one call of ``train`` and leaving the model as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from epitaxy.core.errors import EpitaxyError, UnsupportedError
+from epitaxy.train.config import TrainConfig
+from epitaxy.train.tracking import check_trackers
+from epitaxy.train.trainable import freeze_statistics
+
+PATCHED = ("forward", "_original_forward", "_is_accelerate_prepared")  # what accelerate leaves on a model
+
+
+def make_accelerator(config: TrainConfig, out: Path) -> Any:
+    """An ``Accelerator`` for one process or distributed data parallel, on the device that accelerate finds.
+
+    Raises ``EpitaxyError`` when batch, precision or trackers do not fit what is there.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        DistributedType,
+        GradientAccumulationPlugin,
+        ProjectConfiguration,
+    )
+
+    check_trackers(config.trackers)
+    AcceleratorState._reset_state()  # an earlier call may have asked for another precision
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop accumulates by itself
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "trackers")),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UnsupportedError(
+            f"training under {accelerator.distributed_type.value} has no exact resume here; use one process or DDP, or "
+            "call the task's loss from a loop of your own"
+        )
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise EpitaxyError("train.precision: fp16 needs a GPU, this is a CPU; use bf16 or no")
+    if config.batch % accelerator.num_processes:
+        raise EpitaxyError(
+            f"train.batch: {config.batch} examples cannot be shared evenly among {accelerator.num_processes} processes"
+        )
+    return accelerator
+
+
+@contextmanager
+def prepared(accelerator: Any, model: nn.Module) -> Iterator[nn.Module]:
+    """The model as accelerate wraps it, in training mode; afterwards its modes and methods are what they were."""
+    before = set(model.__dict__)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        wrapped: nn.Module = accelerator.prepare(model)
+        wrapped.train()
+        freeze_statistics(wrapped)
+        yield wrapped
+    finally:
+        for name in PATCHED:
+            if name not in before:
+                model.__dict__.pop(name, None)
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,115 @@
+"""How to train, and what comes out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from epitaxy.core.errors import EpitaxyError, nearest
+
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["no", "bf16", "fp16"]
+DEFAULT_EPOCHS = 10.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    The length is ``steps`` of the optimiser or ``epochs`` over the training data (default: 10 epochs).  ``batch``
+    counts the examples of one forward pass over all processes together, so that a recipe means the same on one device
+    and on eight; ``accumulate`` forward passes make one step.  ``warmup`` is a number of steps, or below 1 a fraction
+    of all.  ``clip`` bounds the norm of the gradient (None: no bound).  ``evaluate_every`` and ``checkpoint_every``
+    count steps (default: once per epoch, and at every evaluation).  After ``patience`` evaluations without a better
+    ``metric`` on the validation data training stops; ``keep_best`` returns to the best state in the end.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int = 32
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: int | float = 0
+    schedule: Schedule = "cosine"
+    clip: float | None = 1.0
+    precision: Precision = "no"
+    seed: int = 0
+    evaluate_every: int | None = None
+    evaluation_batch: int | None = None
+    metric: str = "accuracy"
+    patience: int | None = None
+    keep_best: bool = True
+    checkpoint_every: int | None = None
+    log_every: int = 10
+    workers: int = 0
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise EpitaxyError("train.steps and train.epochs both say how long to train; give one of them")
+        at_least_one = [
+            "steps",
+            "batch",
+            "accumulate",
+            "evaluate_every",
+            "evaluation_batch",
+            "patience",
+            "checkpoint_every",
+            "log_every",
+        ]
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise EpitaxyError(f"train.{name} must be at least 1, got {value}")
+        for name in ("epochs", "learning_rate", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise EpitaxyError(f"train.{name} must be above 0, got {value}")
+        for name in ("weight_decay", "warmup", "workers", "seed"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise EpitaxyError(f"train.{name} must not be negative, got {value}")
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            raise EpitaxyError(f"train.warmup is a whole number of steps or a fraction below 1, got {self.warmup}")
+        for name, known in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise EpitaxyError(f"train.{name} is one of {', '.join(known)}, got {value!r}{_hint(value, known)}")
+
+
+def _hint(value: object, known: tuple[str, ...]) -> str:
+    hint = nearest(str(value), known)
+    return hint if "did you mean" in hint else ""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of a training run.
+
+    ``history`` holds the lines of ``metrics.jsonl``; ``best_step`` and ``best_metric`` are None without validation;
+    ``resumed_at`` is the step a killed run was taken up at.
+    """
+
+    steps: int
+    best_step: int | None
+    best_metric: float | None
+    train_seconds: float
+    stopped_early: bool
+    history: list[dict[str, Any]]
+    trained_parameters: int
+    resumed_at: int | None = None
+
+
+def count_steps(config: TrainConfig, examples: int) -> int:
+    """Optimiser steps of a run over ``examples`` training examples."""
+    if config.steps is not None:
+        return config.steps
+    epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
+    return max(1, math.ceil(epochs * examples / (config.batch * config.accumulate)))
+
+
+def evaluation_interval(config: TrainConfig, examples: int) -> int:
+    """Steps between two evaluations."""
+    return config.evaluate_every or max(1, math.ceil(examples / (config.batch * config.accumulate)))

@@ -1,0 +1,78 @@
+"""Many adapters measured on one base that is opened once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from epitaxy.core.errors import FormatError
+from epitaxy.core.files import Contents, inspect, load
+from epitaxy.core.host import detach
+from epitaxy.data.splits import load_splits
+from epitaxy.models.opening import open_classifier
+from epitaxy.tasks.classification import Classification
+from epitaxy.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one adapter scored; ``adapter`` is None for the bare base."""
+
+    adapter: str | None
+    method: str
+    accuracy: float
+    macro_f1: float
+    loss: float
+    parameters: int
+    examples: int
+    seconds: float
+
+
+def evaluate(recipe: Recipe, adapters: Sequence[Path], split: str, batch: int) -> list[Row]:
+    """Metrics of each adapter in turn on ``split`` of the recipe's data, on the recipe's base.
+
+    The bare base comes first where it has a head of its own for these classes.  Every file is looked at before
+    anything is measured.  Raises ``FormatError`` for an adapter of other classes.
+    """
+    contents = [inspect(path) for path in adapters]
+    splits = load_splits(recipe.data)
+    for found in contents:
+        _require_classes(found, splits.classes)
+    opened = open_classifier(recipe.base.source, splits.classes, recipe.base.dtype)
+    model, task, data = opened.model, Classification(opened, splits.classes), getattr(splits, split)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def measure(path: Path | None, method: str, parameters: int) -> Row:
+        began = time.perf_counter()
+        found = task.evaluate(model, data, batch)
+        seconds = time.perf_counter() - began
+        name = None if path is None else str(path)
+        return Row(name, method, found.accuracy, found.macro_f1, found.loss, parameters, len(data), seconds)
+
+    def each() -> Iterator[Row]:
+        if opened.head == "kept":
+            yield measure(None, "the base alone", 0)
+        for path in adapters:
+            adapter = load(model, path, "measured")
+            try:
+                yield measure(path, " + ".join(entry["method"] for entry in adapter.config), adapter.size())
+            finally:
+                detach(model, "measured")
+
+    rows = list(each())
+    if not rows:
+        raise FormatError(f"{recipe.base.source}: has no task head for these classes; name adapters to evaluate")
+    return rows
+
+
+def _require_classes(found: Contents, classes: Sequence[str]) -> None:
+    trained = found.provenance.get("classes")
+    if isinstance(trained, list) and [str(name) for name in trained] != list(classes):
+        raise FormatError(
+            f"{found.path}: trained for {len(trained)} classes ({', '.join(map(str, trained[:6]))}), "
+            f"the data have {len(classes)} ({', '.join(classes[:6])})"
+        )

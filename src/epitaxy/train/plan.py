@@ -1,0 +1,170 @@
+"""What a recipe will cost and give, told before it runs.
+
+Parameters, file size, merging and export are found by building the adapter and trying.  Time and activation memory
+are estimates from a probe: a few real training steps on real batches, whose weights are thrown away.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from epitaxy.core.adapter import Adapter
+from epitaxy.core.edits import Edit
+from epitaxy.core.errors import EpitaxyError, UnsupportedError
+from epitaxy.core.explain import explain
+from epitaxy.core.files import TENSORS, formats, save
+from epitaxy.train.config import count_steps, evaluation_interval
+from epitaxy.train.prepare import Prepared, prepare
+from epitaxy.train.probe import Measured, probe
+from epitaxy.train.recipe import Recipe
+from epitaxy.train.run import method_title
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Whether something can be done with the result, and if not, why."""
+
+    name: str
+    possible: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes during training, by what they hold."""
+
+    base: int
+    trained: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.base + self.trained + self.gradients + self.optimizer + (self.activations or 0)
+
+
+@dataclass(frozen=True)
+class Time:
+    """Estimated seconds, from the median of ``steps`` measured training steps and one measured evaluation."""
+
+    step: float
+    training: float
+    evaluation: float
+    measured_steps: int
+
+    @property
+    def total(self) -> float:
+        """The whole run."""
+        return self.training + self.evaluation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything ``epitaxy plan`` prints."""
+
+    title: str
+    base: str
+    base_parameters: int
+    head: str
+    trained_parameters: int
+    stored_parameters: int
+    file_bytes: int
+    places: tuple[str, ...]
+    data: Mapping[str, Any]
+    steps: int
+    merge: Ability
+    exports: tuple[Ability, ...]
+    memory: Memory
+    time: Time | None
+    device: str
+
+
+def plan(recipe: Recipe, measure: bool = True) -> Plan:
+    """Work out the cost of ``recipe``; ``measure=False`` leaves out what has to be measured."""
+    ready = prepare(recipe)
+    model, adapter, splits = ready.opened.model, ready.adapter, ready.splits
+    explanation = explain(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    steps = count_steps(recipe.train, len(splits.train))
+    stored, size, exports = _stored(model, adapter, recipe.name)
+    measured = probe(ready, recipe.train) if measure else None
+    own = {id(parameter) for parameter in adapter.parameters()} if adapter is not None else {id(p) for p in trained}
+    bytes_trained = sum(p.numel() * p.element_size() for p in trained)
+    memory = Memory(
+        base=sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in own),
+        trained=bytes_trained,
+        gradients=bytes_trained,
+        optimizer=2 * bytes_trained,  # AdamW keeps two moments of each parameter
+        activations=measured.activations if measured else None,
+    )
+    return Plan(
+        title=method_title(recipe),
+        base=explanation.base,
+        base_parameters=explanation.base_parameters,
+        head=ready.opened.head,
+        trained_parameters=sum(p.numel() for p in trained),
+        stored_parameters=stored,
+        file_bytes=size,
+        places=explanation.adapters[0].places if explanation.adapters else ("every parameter of the base",),
+        data={
+            "source": recipe.data.source,
+            "modality": splits.modality,
+            "classes": list(splits.classes),
+            "counts": {part: len(getattr(splits, part)) for part in ("train", "validation", "test")},
+            "skipped": len(splits.skipped),
+            "notes": list(splits.notes),
+        },
+        steps=steps,
+        merge=_merges(model, adapter),
+        exports=exports,
+        memory=memory,
+        time=_time(measured, recipe, ready, steps) if measured else None,
+        device=str(next(model.parameters()).device),
+    )
+
+
+def _merges(model: nn.Module, adapter: Adapter | None) -> Ability:
+    if adapter is None:
+        return Ability("merge", True, "the base itself is trained; there is nothing to merge")
+    for piece in adapter.pieces:
+        if not isinstance(piece.module, Edit):
+            return Ability("merge", False, "it has a generator: what it adds depends on a context")
+        try:
+            piece.module.mergeable_into(model.get_submodule(piece.path))
+        except UnsupportedError as error:
+            return Ability("merge", False, f"{piece.part}: {error}")
+    return Ability("merge", True, "into the weights of the base, at no cost when it runs")
+
+
+def _stored(model: nn.Module, adapter: Adapter | None, name: str) -> tuple[int, int, tuple[Ability, ...]]:
+    """Stored values, bytes of the file, and what becomes of it in every format, by writing it to a scratch place."""
+    if adapter is None:
+        tensors = [*model.parameters(), *model.buffers()]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        reason = "full fine-tuning has no adapter; the whole model is saved as transformers saves it"
+        return sum(p.numel() for p in model.parameters()), size, (Ability("transformers model", True, reason),)
+    exports, size = [], 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for format in (name for name, entry in formats().items() if entry.write is not None):
+            try:
+                save(model, Path(scratch) / format, name, format)
+                exports.append(Ability(format, True))
+            except EpitaxyError as error:
+                exports.append(Ability(format, False, str(error)))
+        size = (Path(scratch) / "epitaxy" / TENSORS).stat().st_size
+    return sum(tensor.numel() for tensor in adapter.tensors().values()), size, tuple(exports)
+
+
+def _time(measured: Measured, recipe: Recipe, ready: Prepared, steps: int) -> Time:
+    config, splits = recipe.train, ready.splits
+    rounds = -(-steps // evaluation_interval(config, len(splits.train)))
+    evaluated = rounds * len(splits.validation) + len(splits.test)
+    return Time(measured.step, measured.step * steps, measured.evaluation * evaluated, measured.steps)

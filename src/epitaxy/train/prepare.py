@@ -1,0 +1,49 @@
+"""From a recipe to the things a run needs: data, base, adapter and task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from epitaxy.core.adapter import Adapter
+from epitaxy.core.errors import EpitaxyError
+from epitaxy.core.host import attach
+from epitaxy.data.splits import Splits, load_splits
+from epitaxy.models.opening import Opened, open_classifier
+from epitaxy.tasks.classification import Classification
+from epitaxy.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything built and nothing trained; ``adapter`` is None for full fine-tuning."""
+
+    opened: Opened
+    adapter: Adapter | None
+    splits: Splits
+    task: Classification
+
+
+def prepare(recipe: Recipe, splits: Splits | None = None) -> Prepared:
+    """Read the data, open the base, put a fresh adapter on it; the same recipe always gives the same start.
+
+    Raises ``EpitaxyError`` when the parts do not fit, such as a fresh task head that nothing would train.
+    """
+    splits = load_splits(recipe.data) if splits is None else splits
+    torch.manual_seed(recipe.train.seed)
+    opened = open_classifier(recipe.base.source, splits.classes, recipe.base.dtype)
+    adapter = None
+    if not recipe.full:
+        adapter = attach(opened.model, recipe.adapter_method(), recipe.name)
+        _require_head(recipe, opened, adapter)
+    return Prepared(opened, adapter, splits, Classification(opened, splits.classes))
+
+
+def _require_head(recipe: Recipe, opened: Opened, adapter: Adapter) -> None:
+    if opened.head == "fresh" and not any(piece.role == "head" for piece in adapter.pieces):
+        names = [entry["method"] for entry in recipe.method]
+        raise EpitaxyError(
+            f"the base {opened.source!r} has no task head for these classes, so one was drawn at random, and the "
+            f"method {' + '.join(names)} would neither train nor save it; write method: [{', '.join([*names, 'head'])}]"
+        )

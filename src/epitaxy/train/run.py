@@ -1,0 +1,165 @@
+"""One run from recipe to result: prepare, train, test, and leave everything behind in the run directory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from epitaxy.core.files import TENSORS, save
+from epitaxy.core.registry import methods_in
+from epitaxy.data.splits import Splits
+from epitaxy.tasks.metrics import Metrics
+from epitaxy.train import run_directory, samples
+from epitaxy.train.config import TrainResult
+from epitaxy.train.environment import describe_environment
+from epitaxy.train.loop import train
+from epitaxy.train.prepare import Prepared, prepare
+from epitaxy.train.recipe import Recipe
+from epitaxy.train.run_directory import ADAPTER, MODEL, RESULT, SAMPLES, claim, read_json, require_claimable, write_json
+from epitaxy.train.saving import save_model, weight_bytes
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and speaks; the others of a distributed run only compute."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+def run(recipe: Recipe, splits: Splits | None = None, progress: bool = True) -> dict[str, Any]:
+    """Carry out ``recipe``, or go on where an earlier call stopped; returns what ``result.json`` holds.
+
+    A finished run is not repeated.  ``splits`` may hand over data already read.  All processes of a distributed run
+    call this.  Raises ``RecipeError`` when the run directory belongs to another recipe.
+    """
+    from accelerate import PartialState
+
+    processes = PartialState()
+    require_claimable(recipe)
+    out = recipe.out
+    if not (out / RESULT).exists():
+        began = time.perf_counter()
+        ready = prepare(recipe, splits)
+        processes.wait_for_everyone()
+        if leads():
+            claim(recipe)
+            write_json(out / run_directory.ENVIRONMENT, describe_environment())
+        trained = _train(recipe, ready, out, progress)
+        if leads():
+            _finish(recipe, ready, trained, out, began)
+        processes.wait_for_everyone()
+    result = read_json(out / RESULT)
+    assert isinstance(result, dict)
+    return result
+
+
+def _train(recipe: Recipe, ready: Prepared, out: Path, progress: bool) -> TrainResult:
+    model, splits = ready.opened.model, ready.splits
+    return train(
+        model, ready.adapter, ready.task, splits.train, splits.validation, recipe.train, out, progress=progress
+    )
+
+
+def _finish(recipe: Recipe, ready: Prepared, trained: TrainResult, out: Path, began: float) -> None:
+    """Test, save, and write the result last: it is the mark of a finished run."""
+    batch = recipe.train.evaluation_batch or recipe.train.batch
+    tested = ready.task.evaluate(ready.opened.model, ready.splits.test, batch)
+    _write_predictions(out, ready, tested, recipe.samples)
+    _keep(recipe, out, ready, tested)
+    result = _result(recipe, ready, trained, tested, out)
+    write_json(out / RESULT, {**result, "seconds": time.perf_counter() - began})
+
+
+def _keep(recipe: Recipe, out: Path, ready: Prepared, tested: Metrics) -> None:
+    """Save what was trained: the adapter, or the whole model."""
+    if ready.adapter is None:
+        if not (out / MODEL).exists():
+            save_model(ready.opened.model, ready.opened.processor, out / MODEL)
+        return
+    ready.adapter.provenance = {
+        "base": recipe.base.source,
+        "data": recipe.data.source,
+        "classes": list(ready.splits.classes),
+        "test_accuracy": tested.accuracy,
+        "test_macro_f1": tested.macro_f1,
+        "seed": recipe.train.seed,
+    }
+    save(ready.opened.model, out / ADAPTER, recipe.name)
+
+
+def _write_predictions(out: Path, ready: Prepared, tested: Metrics, count: int) -> None:
+    test = ready.splits.test
+    write_json(
+        out / run_directory.PREDICTIONS,
+        {
+            "classes": list(ready.splits.classes),
+            "confusion": tested.confusion,
+            "names": list(test.names),
+            "targets": tested.targets,
+            "predictions": tested.predictions,
+            "confidences": tested.confidences,
+            "samples": samples.store(test, samples.choose(tested, count), out / SAMPLES),
+        },
+    )
+
+
+def _result(recipe: Recipe, ready: Prepared, trained: TrainResult, tested: Metrics, out: Path) -> dict[str, Any]:
+    splits, adapter, model = ready.splits, ready.adapter, ready.opened.model
+    base = sum(p.numel() for name, p in model.named_parameters() if "epitaxy" not in name.split("."))
+    return {
+        "name": recipe.name,
+        "method": method_title(recipe),
+        "base": {"source": recipe.base.source, "class": type(model).__name__, "parameters": base},
+        "data": {
+            "source": recipe.data.source,
+            "modality": splits.modality,
+            "classes": list(splits.classes),
+            "counts": {part: len(getattr(splits, part)) for part in ("train", "validation", "test")},
+            "skipped": [list(entry) for entry in splits.skipped],
+            "notes": list(splits.notes),
+        },
+        "seed": recipe.train.seed,
+        "test": tested.scalars(),
+        "validation": {"metric": recipe.train.metric, "best": trained.best_metric, "step": trained.best_step},
+        "steps": trained.steps,
+        "stopped_early": trained.stopped_early,
+        "trained_parameters": trained.trained_parameters,
+        "stored_parameters": base if adapter is None else sum(t.numel() for t in adapter.tensors().values()),
+        "file": f"{MODEL}/" if adapter is None else f"{ADAPTER}/{TENSORS}",
+        "file_bytes": weight_bytes(out / (MODEL if adapter is None else ADAPTER)),
+        "train_seconds": trained.train_seconds,
+        "peak_memory": peak_memory(model),
+    }
+
+
+def method_title(recipe: Recipe) -> str:
+    """The method in a few words: its name and what sets its size, ``lora (rank 8) + head``."""
+    if recipe.full:
+        return "full fine-tuning"
+    parts = []
+    for part in methods_in(recipe.adapter_method()):
+        sizes = [f"{name} {getattr(part, name)}" for name in ("rank", "bottleneck", "tokens") if hasattr(part, name)]
+        deep = ["deep"] if getattr(part, "deep", False) else []
+        details = ", ".join([*deep, *sizes])
+        parts.append(f"{part.method_name} ({details})" if details else str(part.method_name))
+    return " + ".join(parts)
+
+
+def peak_memory(model: nn.Module) -> Mapping[str, Any]:
+    """The most memory held so far, on the accelerator or else by the whole process."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return {"bytes": torch.cuda.max_memory_allocated(device), "what": "allocated on the accelerator"}
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return {"bytes": None, "what": "not measured on this system"}
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"bytes": peak, "what": "resident, of the whole process"}

@@ -1,0 +1,76 @@
+"""The directory of one run: which recipe it belongs to, what lies in it, and whether it is finished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from epitaxy.core.errors import EpitaxyError
+from epitaxy.core.files import write_atomically
+from epitaxy.train.recipe import Recipe, RecipeError, differences, from_dict
+from epitaxy.train.strict_yaml import parse
+
+RECIPE, ENVIRONMENT, METRICS, RESULT = "recipe.yaml", "environment.json", "metrics.jsonl", "result.json"
+PREDICTIONS, ADAPTER, MODEL, SAMPLES = "predictions.json", "adapter", "model", "samples"
+
+
+def claim(recipe: Recipe) -> Path:
+    """Make the run directory of ``recipe``, or find it again; raises as ``require_claimable`` does."""
+    require_claimable(recipe)
+    out = recipe.out
+    if not (out / RECIPE).exists() or differences(read_recipe(out), recipe):
+        write_atomically(out / RECIPE, recipe.to_yaml().encode())
+    return out
+
+
+def require_claimable(recipe: Recipe) -> None:
+    """Raise ``RecipeError`` when the run directory holds foreign files, or a run of another recipe that has begun.
+
+    The message names the keys that differ.
+    """
+    out = recipe.out
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"{out}: expected a run directory, found a file")
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if RECIPE not in found:
+        if found:
+            raise RecipeError(f"{out}: holds files that are no run ({RECIPE} is missing); choose another directory")
+    elif found - {RECIPE, ENVIRONMENT}:
+        keys = differences(read_recipe(out), recipe)
+        if keys:
+            raise RecipeError(
+                f"{out}: holds a run of another recipe, which differs in {', '.join(keys)}; "
+                f"choose another directory with out=..., or remove this one"
+            )
+
+
+def read_recipe(run: Path) -> Recipe:
+    """The resolved recipe of the run in ``run``."""
+    file = run / RECIPE
+    if not file.is_file():
+        raise RecipeError(f"{run}: not a run directory, {RECIPE} is missing")
+    values = parse(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(values, dict):
+        raise RecipeError(f"{file}: expected a mapping")
+    return from_dict(values, str(file))
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is a run directory."""
+    return (path / RECIPE).is_file()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; raises ``EpitaxyError`` when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EpitaxyError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise EpitaxyError(f"{path}: not readable as JSON ({error})") from None

@@ -1,0 +1,90 @@
+"""The comparisons of ``benchmarks/`` on tiny models: they run, compare like with like, and store what they show."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import __main__ as everything
+from benchmarks import inactive, lora_vs_peft, many_adapters
+from benchmarks.bases import SHAPES
+
+import epitaxy
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+
+
+def results(module: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
+    threads = str(torch.get_num_threads())
+    command = ["x", "--quick", "--rounds", "1", "--threads", threads, "--out", str(folder), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    module.main()
+    stored: dict[str, Any] = json.loads((folder / f"{module.__name__.rpartition('.')[2]}.json").read_text())
+    return stored
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_both_sides_are_the_same_function_of_the_same_weights(name: str) -> None:
+    shape = SHAPES[name](quick=True)
+    models = lora_vs_peft.sides(shape, None, ("ours", "PEFT"))
+    ours, peft = models["ours"].eval(), models["PEFT"].eval()
+    trained = {
+        key: [p for p in model.parameters() if p.requires_grad] for key, model in (("ours", ours), ("peft", peft))
+    }
+    assert [p.shape for p in trained["ours"]] == [p.shape for p in trained["peft"]]
+    for mine, theirs in zip(trained["ours"], trained["peft"], strict=True):
+        theirs.data = mine.data
+    inputs = shape.inputs()
+    torch.testing.assert_close(ours(**inputs).logits, peft(**inputs).logits)
+    ours(**inputs).loss.backward()
+    peft(**inputs).loss.backward()
+    for mine, theirs in zip(trained["ours"], trained["peft"], strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_lora_against_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = results(lora_vs_peft, tmp_path, monkeypatch, "--eager-only")
+    time_table, memory_table = stored["tables"]
+    assert [(row["job"], row["mode"]) for row in time_table["rows"]].count(("training step", "eager")) == 2
+    assert all(row["ours / PEFT"]["median"] > 0 for row in time_table["rows"])
+    exact = [row for row in memory_table["rows"] if row["what"] == "kept for backward"]
+    assert [row["ours / PEFT"] <= 1 for row in exact] == [True, True]  # bytes, not seconds: the same on any machine
+
+
+def test_many_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = results(many_adapters, tmp_path, monkeypatch)
+    routing, holding = stored["tables"]
+    assert {row["way"] for row in routing["rows"]} > {"route", "PEFT adapter_names", "4 calls of one row"}
+    difference = float(routing["title"].rpartition(" ")[2].rstrip(")"))
+    assert 0 <= difference < 1e-4
+    assert [row["held"] for row in holding["rows"]] == [1, 3, 9, 1, 3, 9]
+
+
+def test_inactive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = results(inactive, tmp_path, monkeypatch)
+    assert len(stored["tables"][0]["rows"]) == 6
+    assert {"inactive / bare", "control / bare"} <= stored["tables"][0]["rows"][0].keys()
+
+
+def test_the_page_shows_every_stored_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = results(inactive, tmp_path, monkeypatch)
+    text = everything.page(tmp_path)
+    assert stored["tables"][0]["table"] in text
+    assert "torch" in text
+
+
+def test_attaching_the_thousandth_walks_only_the_base() -> None:
+    """What keeps the cost of one more adapter flat: no step visits the modules of those already there."""
+    from epitaxy.core.anatomy import base_modules
+
+    model = SHAPES["lm"](quick=True).model()
+    before = base_modules(model)
+    assert before == dict(model.named_modules())
+    for number in range(20):
+        epitaxy.attach(model, many_adapters.METHOD, f"a{number}")
+    assert base_modules(model) == before
+    assert list(base_modules(model)) == [path for path, _ in model.named_modules() if "epitaxy" not in path.split(".")]

@@ -1,0 +1,199 @@
+"""From a recipe to a trained, measured, merged and exported adapter, on a tiny base and real files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from epitaxy.train.session import Session
+from tests.cli.conftest import COLOURS, SIZES, Epitaxy
+
+
+def _result(run: Path) -> dict[str, Any]:
+    result = json.loads((run / "result.json").read_text())
+    assert isinstance(result, dict)
+    return result
+
+
+def test_run_directory_is_complete(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "adapter",
+        "checkpoints",
+        "predictions.json",
+        "samples",
+        "result.json",
+        "report.html",
+    }
+    result = _result(finished)
+    assert result["test"]["accuracy"] > 0.9  # three colours are easily told apart
+    assert result["data"]["classes"] == sorted(COLOURS)
+    assert result["data"]["counts"] == {"train": 24, "validation": 12, "test": 15}
+    assert result["file_bytes"] == (finished / "adapter/adapter.safetensors").stat().st_size
+    stored = load_file(finished / "adapter/adapter.safetensors")
+    assert result["trained_parameters"] == sum(tensor.numel() for tensor in stored.values())
+    predictions = json.loads((finished / "predictions.json").read_text())
+    right = sum(said == true for said, true in zip(predictions["predictions"], predictions["targets"], strict=True))
+    assert right / 15 == pytest.approx(result["test"]["accuracy"])
+    assert len(predictions["samples"]) == 6
+    assert json.loads((finished / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+
+
+def test_finished_run_is_not_repeated(epitaxy: Epitaxy, recipe: Path, finished: Path) -> None:
+    before = (finished / "result.json").read_bytes()
+    outcome = epitaxy("train", recipe, f"out={finished}")
+    assert outcome.code == 0
+    assert "finished already" in outcome.out
+    assert (finished / "result.json").read_bytes() == before
+
+
+def test_interrupted_run_resumes_to_the_same_weights(
+    epitaxy: Epitaxy, recipe: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, step = tmp_path / "again", Session.step
+
+    def interrupted(self: Session, batches: Any) -> Any:
+        if self.standing.step == 11:
+            raise KeyboardInterrupt
+        return step(self, batches)
+
+    monkeypatch.setattr(Session, "step", interrupted)
+    outcome = epitaxy("train", recipe, f"out={out}")
+    assert outcome.code == 130
+    assert outcome.err.splitlines()[-1] == "interrupted"
+    assert not (out / "result.json").exists()
+    monkeypatch.undo()
+    assert epitaxy("report", out).code == 0  # a page of what is known so far
+    outcome = epitaxy("train", recipe, f"out={out}")
+    assert outcome.code == 0
+    assert "going on at step 9 of 24" in outcome.err
+    whole, resumed = (load_file(run / "adapter/adapter.safetensors") for run in (finished, out))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert _result(out)["test"] == _result(finished)["test"]
+
+
+def test_dry_run_and_plan(epitaxy: Epitaxy, recipe: Path, finished: Path, tmp_path: Path) -> None:
+    outcome = epitaxy("train", recipe, "--dry-run", f"out={tmp_path / 'none'}")
+    assert outcome.code == 0
+    assert not (tmp_path / "none").exists()
+    for expected in ("memory: about", "time: about", "an estimate from 3 steps", "merges: yes", "  peft: ", "rank: 2"):
+        assert expected in outcome.out
+    plan = json.loads(epitaxy("plan", recipe, "--json").out)
+    result = _result(finished)
+    assert plan["trained_parameters"] == result["trained_parameters"]
+    assert plan["stored_parameters"] == result["stored_parameters"]
+    assert plan["steps"] == result["steps"]
+    assert abs(plan["file_bytes"] - result["file_bytes"]) < 1500  # the header of the real file tells what was scored
+    assert plan["memory"]["activations"] > 0
+    assert plan["time"]["training"] == pytest.approx(plan["time"]["step"] * plan["steps"])
+
+
+def test_plan_says_what_cannot_be(epitaxy: Epitaxy, recipe: Path) -> None:
+    plan = json.loads(epitaxy("plan", recipe, "method=[bottleneck, head]", "--json", "--no-probe").out)
+    assert plan["merge"]["possible"] is False
+    assert plan["merge"]["reason"]
+    refused = {export["name"]: export for export in plan["exports"]}
+    assert refused["epitaxy"]["possible"] is True
+    assert refused["peft"]["possible"] is False
+    assert "bottleneck" in refused["peft"]["reason"]
+    assert plan["time"] is None
+
+
+def test_eval_many_adapters(
+    epitaxy: Epitaxy, base: Path, data: Path, recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    assert epitaxy("train", recipe, "method=[bitfit, head]", "train.epochs=1", f"out={other}").code == 0
+    words = ["eval", base, "--adapters", finished, other / "adapter", finished, "--data", data]
+    found = json.loads(epitaxy(*words, "--json", "--out", tmp_path / "table.json").out)
+    assert found == json.loads((tmp_path / "table.json").read_text())
+    first, second, third = found["results"]
+    assert first["accuracy"] == third["accuracy"] == _result(finished)["test"]["accuracy"]
+    assert first["loss"] == pytest.approx(_result(finished)["test"]["loss"])
+    assert second["loss"] == pytest.approx(_result(other)["test"]["loss"])
+    assert [row["method"] for row in found["results"]] == ["lora + head", "bitfit + head", "lora + head"]
+    table = epitaxy(*words, "--split", "validation").out.splitlines()
+    assert table[1].split()[:2] == ["adapter", "method"]
+    assert len(table) == 5
+    of_the_run = json.loads(epitaxy("eval", finished, "--json").out)["results"]
+    assert of_the_run[0]["accuracy"] == first["accuracy"]
+    of_the_recipe = json.loads(epitaxy("eval", recipe, f"out={finished}", "--json").out)["results"]
+    assert of_the_recipe[0]["loss"] == pytest.approx(first["loss"])
+
+
+def test_merge_gives_a_plain_model(epitaxy: Epitaxy, base: Path, data: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    outcome = epitaxy("merge", base, finished, "--out", out)
+    assert outcome.code == 0, outcome.err
+    assert "relative drift" in outcome.out
+    assert not any("epitaxy" in key for key in load_file(out / "model.safetensors"))
+    rows = json.loads(epitaxy("eval", out, "--data", data, "--json").out)["results"]
+    assert [row["adapter"] for row in rows] == [None]
+    assert rows[0]["accuracy"] == _result(finished)["test"]["accuracy"]
+    assert rows[0]["loss"] == pytest.approx(_result(finished)["test"]["loss"], abs=1e-5)
+
+
+def test_merge_refuses_what_cannot_merge(epitaxy: Epitaxy, base: Path, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "prompted"
+    assert (
+        epitaxy("train", recipe, "method=[{method: prompt, tokens: 2}, head]", "train.epochs=1", f"out={run}").code == 0
+    )
+    outcome = epitaxy("merge", base, run, "--out", tmp_path / "merged")
+    assert outcome.code == 1
+    assert not (tmp_path / "merged").exists()
+
+
+def test_export_and_back(epitaxy: Epitaxy, data: Path, base: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lora"
+    outcome = epitaxy("export", finished, "--to", "peft", "--out", out)
+    assert outcome.code == 0, outcome.err
+    assert "exact, every value equal" in outcome.out
+    assert "peft" in epitaxy("inspect", out).out
+    rows = json.loads(epitaxy("eval", base, "--adapters", out, "--data", data, "--json").out)["results"]
+    assert rows[0]["loss"] == pytest.approx(_result(finished)["test"]["loss"], abs=1e-6)
+
+
+def test_inspect(epitaxy: Epitaxy, finished: Path) -> None:
+    contents = json.loads(epitaxy("inspect", finished, "--json").out)
+    assert contents["provenance"]["classes"] == sorted(COLOURS)
+    assert contents["parameters"] == _result(finished)["stored_parameters"]
+    text = epitaxy("inspect", finished, "--tensors").out
+    for key, shape in contents["tensors"].items():
+        assert f"{key} " in text
+        assert " x ".join(map(str, shape)) in text
+    assert "lora (" in text
+    assert "rank=2" in text
+
+
+def test_full_fine_tuning(epitaxy: Epitaxy, recipe: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "full"
+    outcome = epitaxy("train", recipe, "method=full", "train.epochs=2", "train.learning_rate=1e-3", f"out={run}")
+    assert outcome.code == 0, outcome.err
+    result = _result(run)
+    assert result["method"] == "full fine-tuning"
+    assert result["trained_parameters"] == result["base"]["parameters"] == result["stored_parameters"]
+    assert result["file_bytes"] == (run / "model/model.safetensors").stat().st_size
+    rows = json.loads(epitaxy("eval", run, "--json").out)["results"]
+    assert rows[0]["loss"] == pytest.approx(result["test"]["loss"], abs=1e-6)
+    outcome = epitaxy("inspect", run)
+    assert outcome.code == 1
+    assert "full fine-tuning" in outcome.err
+
+
+def test_report_of_a_real_run(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "<b>green" not in page
+    assert "&lt;b&gt;green &amp; &#34;gold&#34;" in page
+    assert "lora.attention.q" in page
+    assert sum(SIZES.values()) * 3 == 51  # what the counts below are made of
+    assert "24 training, 12 validation, 15 test" in page

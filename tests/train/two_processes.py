@@ -1,0 +1,54 @@
+"""One process of a distributed run on the CPU: trains, breaks off where told, and writes down what it holds.
+
+Started by ``torch.distributed.run``.  Usage: ``tests.train.two_processes FOLDER OUT DROPOUT BREAK_OFF`` (0: never).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from epitaxy import Head, LoRA
+from epitaxy.train.loop import TrainConfig, train
+from tests.train.small import BrokenOffError, Stopping, digest, small_run, without_times
+
+SETTINGS = TrainConfig(
+    steps=8, batch=6, accumulate=2, learning_rate=0.02, evaluate_every=3, log_every=2, keep_best=False, clip=0.3
+)
+
+
+def main() -> None:
+    """Run one process."""
+    torch.set_num_threads(1)
+    folder, out, dropout, stop = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+    rank = os.environ.get("RANK", "alone")
+    method = LoRA(rank=2, dropout=dropout) + Head()
+    model, adapter, task, splits = small_run(folder / "data", method, dropout)
+    if rank == "1":  # processes may start from different draws; the first one's count
+        torch.manual_seed(77)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(torch.randn_like(parameter))
+    used = Stopping(task, stop) if stop else task
+    try:
+        result = train(
+            model, adapter, used, splits.train, splits.validation, SETTINGS, folder / out, progress=rank != "1"
+        )
+    except BrokenOffError:
+        os._exit(0)  # as abruptly as a failing node
+    found = {
+        "weights": digest(adapter.tensors()),
+        "values": {key: tensor.flatten()[:4].tolist() for key, tensor in adapter.tensors().items()},
+        "history": without_times(result.history),
+        "resumed_at": result.resumed_at,
+        "best": [result.best_step, result.best_metric],
+    }
+    (folder / f"{out}-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

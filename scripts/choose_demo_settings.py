@@ -23,8 +23,10 @@ from epitaxy.train.prepare import prepare
 from epitaxy.train.recipe import Recipe
 from epitaxy.train.recipe_files import load_recipe
 
-FACTORS = (0.1, 0.3, 1.0, 3.0)  # of a method's usual rate
-USUAL = {"linear-probe": 1e-2, "bitfit": 1e-2, "deep-prompt": 1e-2, "bottleneck": 1e-2, "lora": 1e-2, "full": 1e-3}
+RATES = dict.fromkeys(RECIPES, (0.001, 0.003, 0.01)) | {
+    "linear-probe": (3e-3, 1e-2, 3e-2),
+    "full": (1e-4, 3e-4, 1e-3),
+}
 SEEDS = (1000, 1001)
 
 
@@ -65,8 +67,7 @@ def trials(name: str, seeds: Sequence[int]) -> Iterator[Trial]:
     """Every learning rate of one recipe."""
     recipe = load_recipe(f"shipped:demo/{name}")
     splits = load_splits(recipe.data)
-    for factor in FACTORS:
-        rate = float(f"{USUAL[name] * factor:.2g}")
+    for rate in RATES[name]:
         scores = [
             validate(recipe.model_copy(update={"train": replace(recipe.train, learning_rate=rate, seed=seed)}), splits)
             for seed in seeds

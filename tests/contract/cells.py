@@ -15,7 +15,18 @@ from tests.contract.methods import Variant, variants
 FOR_PADDED = ("identity", "several", "route", "route_base", "checkpointing", "compiles")
 COMPILED_ON_VIT = ("lora", "bottleneck_parallel", "prompt_deep", "prefix", "prefix_gated", "lora_bitfit_head")
 COMPILED_EVERYWHERE = "bottleneck_norm_prefix"
-FIRST_ON_SDXL = ("lora", "lora_conv", "prefix", "bottleneck_norm_prefix")  # the largest; built like sd15
+FIRST = (  # the others are variations of these
+    "lora",
+    "lora_conv",
+    "bottleneck_parallel",
+    "prompt_deep",
+    "prefix",
+    "bitfit",
+    "norm_tuning",
+    "head_labels",
+    "lora_bitfit_head",
+)
+FIRST_ON_SDXL = ("lora", "lora_conv", "prefix")  # the largest; built like sd15
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Cell:
         """Whether the cell belongs to the second stage."""
         family, method = self.family.name, self.method.name
         if self.check != "compiles":
-            return family == "sdxl" and method not in FIRST_ON_SDXL and self.check != "attaches"
+            return method not in (FIRST_ON_SDXL if family == "sdxl" else FIRST) and self.check != "attaches"
         first = family == "vit" and method in COMPILED_ON_VIT
         first |= family in FAMILIES.keys() - {"sdxl"} and method == COMPILED_EVERYWHERE
         return not first and (family, method) != ("llama", "prompt_deep")

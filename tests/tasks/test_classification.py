@@ -16,7 +16,8 @@ from epitaxy.core.errors import EpitaxyError, FormatError
 from epitaxy.data.decode import Waveform
 from epitaxy.data.splits import DataSpec, Example, Splits, load_splits
 from epitaxy.models.opening import open_classifier
-from epitaxy.tasks.classification import Classification, Group
+from epitaxy.tasks.classification import Classification
+from epitaxy.tasks.group import Group
 from tests.data.makers import pictures, tone
 from tests.tasks.bases import SAVERS, save_bert, save_gpt2, save_vit, save_wav2vec2
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from epitaxy import __version__
 from epitaxy.cli import demo, doctor, eval, export, inspect, merge, methods, plan, report, train
+from epitaxy.version import __version__
 
 EPILOG = "Recipes ship with the package: try `epitaxy plan demo/lora`, then `epitaxy train demo/lora`."
 
@@ -46,10 +46,10 @@ for verb in (demo, train, eval, plan, inspect, methods, merge, export, report, d
 
 
 def plain_warnings() -> None:
-    """Print our own warnings as one line on stderr; those of other libraries stay out of the way of the output."""
+    """Print warnings as one line on stderr, without the line of code they came from."""
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if category is UserWarning and not str(message).startswith("\n"):
+        if category is UserWarning:  # what developers are warned of has other categories
             print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     warnings.showwarning = show

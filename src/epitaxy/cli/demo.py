@@ -104,7 +104,7 @@ def _print(groups: Sequence[Group]) -> None:
             [
                 group.title,
                 f"{group.accuracy:.1%}",
-                f"± {100 * group.spread:.1f}",
+                "one seed" if group.spread is None else f"± {100 * group.spread:.1f}",
                 count(group.mean("trained_parameters")),
                 size(group.mean("file_bytes")),
                 seconds(group.mean("train_seconds")),

@@ -85,7 +85,7 @@ def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
     obstacle = next((known.token_obstacle for _, known in blocks if known.token_obstacle), None)
     if not blocks:
         obstacle = "it has no transformer blocks that were recognised"
-    obstacle = obstacle or _grid_obstacle(modules, blocks)
+    obstacle = obstacle or _grid_obstacle(modules, blocks) or _stack_obstacle(blocks)
     return Anatomy(_family(model), {role: tuple(spots) for role, spots in roles.items()}, causal, trunk, obstacle)
 
 
@@ -236,6 +236,13 @@ def _grid_obstacle(modules: dict[str, nn.Module], blocks: list[tuple[str, Layout
         parent = path.rpartition(".")[0].rpartition(".")[0]
         if "windows" in type(modules[path]).__name__.lower() or hasattr(modules[path], "window_size"):
             return f"the blocks of {type(modules.get(parent, modules[path])).__name__} work on windows of a fixed grid"
+    return None
+
+
+def _stack_obstacle(blocks: list[tuple[str, Layout]]) -> str | None:
+    stacks = list(dict.fromkeys(path.rpartition(".")[0] for path, known in blocks if known.pattern is None))
+    if len(stacks) > 1:
+        return f"its blocks form {len(stacks)} stacks, the first two are {stacks[0]!r} and {stacks[1]!r}"
     return None
 
 

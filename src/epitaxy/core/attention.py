@@ -6,15 +6,19 @@ model's own one; layers without edits pass straight through, so other models are
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from epitaxy.core.edits import Edit
 from epitaxy.core.edits.kv import JointKV
 from epitaxy.core.edits.tokens import KeyMask
 from epitaxy.core.errors import UnsupportedError
+from epitaxy.core.route import Route
 from epitaxy.core.slot import Slot
 
 PREFIX = "epitaxy_"
@@ -62,20 +66,24 @@ def _attend(
     slot = module._modules.get("epitaxy")
     if isinstance(slot, Slot):
         mask = _hide_padding(slot, module, query, key, mask, kwargs)
-        key, value, mask = _add_keys(slot, module, query, key, value, mask, kwargs)
+        for group in slot.whole(JointKV):
+            key, value, mask = _add_keys(group, slot.state.route, module, query, key, value, mask, kwargs)
     if base == "sdpa":
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    return _eager(module, query, key, value, mask, **kwargs)
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", _eager)  # may cap or sink
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return own(module, query, key, value, mask, **kwargs)
 
 
 def _hide_padding(slot: Slot, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
     route = slot.state.route
     if route is None:
         return mask
-    group = slot.whole(KeyMask)
-    seen = KeyMask.seen(group, route, query.shape[0], query.device) if group else None
+    groups = slot.whole(KeyMask)
+    seen = KeyMask.seen(groups[0], route, query.shape[0], query.device) if groups else None
     if seen is None:
         return mask
     rest = torch.ones(seen.shape[0], key.shape[2] - seen.shape[1], dtype=torch.bool, device=seen.device)
@@ -83,12 +91,16 @@ def _hide_padding(slot: Slot, module: nn.Module, query: Tensor, key: Tensor, mas
 
 
 def _add_keys(
-    slot: Slot, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+    group: Mapping[int, Edit],
+    route: Route | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Any]:
-    group = slot.whole(JointKV)
-    if not group:
-        return key, value, mask
-    route, batch = slot.state.route, query.shape[0]
+    batch = query.shape[0]
     pairs = {number: edit.heads(key, value) for number, edit in group.items() if isinstance(edit, JointKV)}
     seen: Tensor | None = None
     if route is None:
@@ -111,10 +123,13 @@ def _add_keys(
             seen = torch.tensor(stacked[2], device=query.device)[index]
     count = keys.shape[2]
     if mask is None and _causal(module, query, kwargs):
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-        mask = mask.tril(diagonal=key.shape[2] - query.shape[2])[None, None]
+        length = query.shape[2]
+        key, value = key[:, :, :length], value[:, :, :length]  # the rest of a static cache is still empty
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is not None:
         mask = F.pad(mask[..., : key.shape[2]], (count, 0), value=1.0 if mask.dtype == torch.bool else 0.0)
+    if kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = F.pad(kwargs["position_bias"][..., : key.shape[2]], (count, 0))
     key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
     if seen is not None:
         rest = torch.ones(batch, key.shape[2] - count, dtype=torch.bool, device=query.device)

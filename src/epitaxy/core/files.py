@@ -233,12 +233,18 @@ def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
         config = json.loads(metadata["config"])
         schema = int(config["schema"])
         missing = [key for key in ("name", "methods", "base") if key not in config]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         raise FormatError(f"{path}: its header has no readable config") from None
     if schema > SCHEMA:
         raise FormatError(f"{path}: written in schema {schema} by a newer epitaxy; this one reads up to {SCHEMA}")
     if missing:
         raise FormatError(f"{path}: its config lacks {', '.join(missing)}")
+    kinds: dict[str, type] = {"name": str, "methods": list, "base": dict, "provenance": dict, "layout": dict}
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key, kind()), kind):
+            raise FormatError(f"{path}: {key!r} in its config should be a {kind.__name__}, found {config[key]!r}")
+    if not all(isinstance(entry, dict) for entry in config["methods"]):
+        raise FormatError(f"{path}: 'methods' in its config should be a list of mappings, found {config['methods']!r}")
     return shapes, config
 
 
@@ -260,8 +266,8 @@ def _inspect(path: Path) -> Contents:
 def _write(model: nn.Module, target: Path, name: str) -> None:
     from safetensors.torch import save as serialise
 
-    from epitaxy import __version__
     from epitaxy.core.card import render
+    from epitaxy.version import __version__
 
     record = require(model, name)
     adapter = record.adapters[name]
@@ -322,6 +328,8 @@ def _read(model: nn.Module, path: Path, name: str) -> Adapter:
         adapter = attach(model, method, name, _layout(config, file))
     except EpitaxyError as error:
         raise type(error)(f"{file}: {error}") from None
+    except (RuntimeError, MemoryError) as error:  # sizes that no memory holds
+        raise FormatError(f"{file}: its methods cannot be built ({str(error).splitlines()[0]})") from None
     try:
         fill(adapter, tensors, str(file))
     except EpitaxyError:

@@ -6,6 +6,7 @@ the model's ``__dict__``.  The base keeps its class, its module paths and its st
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from epitaxy.core import attention
 from epitaxy.core.adapter import Adapter, Piece, build
 from epitaxy.core.anatomy import Anatomy, Layout, describe
 from epitaxy.core.edits import Edit
-from epitaxy.core.edits.tokens import KeyMask
+from epitaxy.core.edits.tokens import KeyMask, Tokens
 from epitaxy.core.errors import StateError, UnsupportedError, nearest
 from epitaxy.core.route import Route
 from epitaxy.core.sites import select
@@ -172,6 +173,7 @@ def route(model: nn.Module, rows: Sequence[str | None], expand: str = "interleav
         require(model, wanted)
         if wanted in record.state.merged:
             raise StateError(f"adapter {wanted!r} is merged into the base; unmerge it before routing")
+    _refuse_crossing_prompts(record, plan.names)
     pieces = [piece.module for wanted in plan.names for piece in record.adapters[wanted].pieces]
     masked = any(
         isinstance(module, KeyMask) or getattr(module, "needs_attention_interface", False) for module in pieces
@@ -193,15 +195,31 @@ def _check_name(name: str, record: Hosted | None) -> None:
 
 
 def _refuse_conflicts(record: Hosted, names: Sequence[str]) -> None:
-    owner: dict[str, str] = {}
+    owner: dict[str, tuple[str, Piece]] = {}
     for name in names:
         for piece in record.adapters[name].pieces:
             if isinstance(piece.module, Edit) and piece.module.exclusive:
-                other = owner.setdefault(piece.path, name)
+                other, first = owner.setdefault(piece.path, (name, piece))
                 if other != name:
                     raise StateError(
                         f"adapters {other!r} and {name!r} both replace {piece.path!r}; activate one of them"
                     )
+                if first is not piece:
+                    raise StateError(f"adapter {name!r} would replace {piece.path!r} twice")
+    _refuse_crossing_prompts(record, names)
+
+
+def _refuse_crossing_prompts(record: Hosted, names: Sequence[str]) -> None:
+    """Prompts of several adapters stand side by side over the same blocks, or in blocks of their own."""
+    prompts = [(name, edit) for name in names for edit in record.adapters[name].edits if isinstance(edit, Tokens)]
+    for (name, edit), (other, another) in itertools.combinations(prompts, 2):
+        if name == other and set(edit.blocks) & set(another.blocks):
+            raise StateError(f"adapter {name!r} would put prompts twice before the same blocks; give it one prompt")
+        if edit.blocks != another.blocks and set(edit.blocks) & set(another.blocks):
+            raise StateError(
+                f"the prompts of {name!r} and {other!r} span different blocks, {edit.blocks[0]} to {edit.blocks[-1]} "
+                f"and {another.blocks[0]} to {another.blocks[-1]}; use one of them at a time"
+            )
 
 
 def _use_interface(model: nn.Module, record: Hosted) -> None:
@@ -227,9 +245,8 @@ def _place(model: nn.Module, record: Hosted, name: str, pieces: list[Piece]) -> 
             slot = Slot(record.state)
             slot.train(host.training)
             host._modules["epitaxy"] = slot
-            if piece.path:
-                host.register_forward_pre_hook(input_hook, with_kwargs=True)
-                host.register_forward_hook(output_hook, with_kwargs=True)
+            host.register_forward_pre_hook(input_hook, with_kwargs=True)
+            host.register_forward_hook(output_hook, with_kwargs=True)
         assert isinstance(slot, Slot)
         piece.module.to(device=_device(host, model))
         piece.module.train(host.training)

@@ -62,11 +62,11 @@ def merge(
         raise StateError(f"adapter {name!r} is merged already")
     edits = _mergeable(model, record.adapters[name])
     previous = record.state.active
-    activate(model, name)
     paths = list(dict.fromkeys(path for path, _ in edits))
-    before = _probe(model, paths, probe)
     stash: dict[str, Tensor] = {}
     try:
+        activate(model, name)
+        before = _probe(model, paths, probe)
         for path, edit in edits:
             host = model.get_submodule(path)
             for key, value in edit.merged(host).items():
@@ -80,7 +80,8 @@ def merge(
         _restore(model, stash)
         record.state.active = previous
         raise
-    absolute = max(float((a.float() - b.float()).abs().max()) for a, b in zip(before, after, strict=True))
+    differences = [(a.float() - b.float()).abs().max() for a, b in zip(before, after, strict=True)]
+    absolute = float(torch.stack(differences).max())  # NaN wins, which Python's max would pass over
     largest = max(float(a.float().abs().max()) for a in before)
     dtype = next(iter(stash.values())).dtype
     report = MergeReport(

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 from epitaxy.core.errors import EpitaxyError, nearest
 
@@ -134,9 +134,29 @@ def _one(entry: Any) -> Any:
     for key in values:
         if key not in fields:
             raise EpitaxyError(f"method {entry['method']!r} has no field {key!r}{nearest(key, fields)}")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    _check_types(cls, entry["method"], values)
     try:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return cls(**values)
     except EpitaxyError:
         raise
     except (TypeError, ValueError) as error:
         raise EpitaxyError(f"method {entry['method']!r}: {error}") from None
+
+
+def _check_types(cls: type[Any], name: str, values: Mapping[str, Any]) -> None:
+    """Raise where a value is not of its field's type, as far as the annotations can be read."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    try:
+        kinds = get_type_hints(cls)
+    except NameError:  # annotations that exist for type checkers only
+        return
+    for key, value in values.items():
+        kind: TypeAdapter[Any] = TypeAdapter(kinds[key], config=ConfigDict(arbitrary_types_allowed=True, strict=True))
+        try:
+            kind.validate_python(value)
+        except ValidationError as error:
+            wanted = dict.fromkeys(part["msg"].removeprefix("Input should be ") for part in error.errors())
+            expected = " or ".join(wanted)
+            raise EpitaxyError(f"method {name!r}: {key} should be {expected}, found {value!r}") from None

@@ -29,7 +29,7 @@ class Route:
         self.numbers = tuple(-1 if name is None else self.names.index(name) for name in rows)
         self._expanded: dict[tuple[int, torch.device], Tensor] = {}
         self._members: dict[tuple[int, int, torch.device], Tensor] = {}
-        self.stacks: dict[int, tuple[Tensor, Tensor]] = {}
+        self.stacks: dict[int, tuple[object, tuple[Tensor, Tensor]]] = {}
 
     def each(self, size: int) -> list[int]:
         """Number of the adapter of each of the ``size`` rows a host sees; raises when they do not fit the batch."""

@@ -56,15 +56,15 @@ class Slot(nn.Module):
     def edits(self, adapter: str) -> list[Edit]:
         """Edits of one adapter at this host, in the order they were added."""
         found = self._modules.get(adapter)
-        return [] if found is None else list(found._modules.values())  # type: ignore[arg-type]
+        return [] if found is None else [edit for edit in found._modules.values() if isinstance(edit, Edit)]
 
     def live(self) -> list[tuple[int, Edit]]:
         """(adapter number, edit) for everything that takes part in the next call."""
         return [(number, edit) for number, name in enumerate(self.state.names) for edit in self.edits(name)]
 
-    def whole(self, kind: type[Edit]) -> dict[int, Edit]:
-        """The live edits of one kind, by adapter number."""
-        return {number: edit for number, edit in self.live() if type(edit) is kind}
+    def whole(self, kind: type[Edit]) -> list[dict[int, Edit]]:
+        """The live edits of one kind, by adapter number; a further group where an adapter has several here."""
+        return _groups(self.live(), kind)
 
 
 def input_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -78,7 +78,8 @@ def input_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return None
     route, call = slot.state.route, (args, kwargs)
     for kind in dict.fromkeys(type(edit) for _, edit in live if not edit.rowwise):
-        call = kind.rewrite_input({n: edit for n, edit in live if type(edit) is kind}, route, host, call)
+        for group in _groups(live, kind):
+            call = kind.rewrite_input(group, route, host, call)
     for number, edit in live:
         if not edit.rowwise:
             continue
@@ -108,8 +109,23 @@ def output_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         y = _apply(rowwise, host, x, y) if route is None else _apply_routed(rowwise, route, host, x, y)
         output = with_output(output, y)
     for kind in dict.fromkeys(type(edit) for _, edit in live if not edit.rowwise):
-        output = kind.rewrite_output({n: edit for n, edit in live if type(edit) is kind}, route, host, call, output)
+        for group in _groups(live, kind):
+            output = kind.rewrite_output(group, route, host, call, output)
     return output
+
+
+def _groups(live: list[tuple[int, Edit]], kind: type[Edit]) -> list[dict[int, Edit]]:
+    groups: list[dict[int, Edit]] = []
+    for number, edit in live:
+        if type(edit) is not kind:
+            continue
+        for group in groups:
+            if number not in group:
+                group[number] = edit
+                break
+        else:
+            groups.append({number: edit})
+    return groups
 
 
 def _apply(live: list[tuple[int, Edit]], host: nn.Module, x: Tensor, y: Tensor) -> Tensor:

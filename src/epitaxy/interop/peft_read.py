@@ -112,10 +112,11 @@ def load_tensors(file: Path) -> Mapping[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(f"{file}: not a readable file of plain tensors ({reason})") from None
-    named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
-    if not named or not all(isinstance(value, Tensor) for value in content.values()):
+    entries = content.items() if isinstance(content, dict) else ()
+    tensors = {key: value for key, value in entries if isinstance(key, str) and isinstance(value, Tensor)}
+    if not isinstance(content, dict) or len(tensors) != len(content):
         raise FormatError(f"{file}: expected a mapping of names to tensors")
-    return content
+    return tensors
 
 
 def sort(tensors: Mapping[str, Tensor], file: Path) -> Stored:

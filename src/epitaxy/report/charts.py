@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from epitaxy.report.figures import short
 
 WIDTH, HEIGHT = 420, 260
-LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 60, 18, 12, 40
 HUES = 8  # classes hue-0 .. hue-7 in the style sheet
 
 

@@ -22,7 +22,7 @@ FREE = {"name", "out", "samples", "train.seed", "data.seed"}  # keys in which th
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe that differ in their seed alone; ``spread`` is the sample standard deviation (0 for one)."""
+    """Runs of one recipe that differ in their seed alone; ``spread`` is the sample standard deviation."""
 
     title: str
     runs: Sequence[Run]
@@ -43,9 +43,9 @@ class Group:
         return statistics.fmean(self.accuracies)
 
     @property
-    def spread(self) -> float:
-        """How much the accuracy varies from seed to seed."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+    def spread(self) -> float | None:
+        """How much the accuracy varies from seed to seed; one run cannot tell."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
     def mean(self, key: str) -> float:
         """Mean of a number in the results."""
@@ -84,7 +84,7 @@ def build_comparison(paths: Sequence[Path], out: Path, title: str = "Comparison"
     best = max(groups, key=lambda group: group.accuracy)
     first = groups[0].results[0]
     marks = [
-        Mark(group.title, group.mean("trained_parameters"), group.accuracy, group.spread, group.accuracies)
+        Mark(group.title, group.mean("trained_parameters"), group.accuracy, group.spread or 0.0, group.accuracies)
         for group in groups
     ]
     metric = validation_metric(groups[0].runs[0])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epitaxy.core.errors import EpitaxyError, FormatError
+from epitaxy.tasks.group import Group
 from epitaxy.tasks.metrics import Metrics, score
 
 Batch = dict[str, Tensor]
@@ -48,15 +48,6 @@ class Examples(Protocol):
     def labels(self) -> Sequence[int]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> Example: ...
-
-
-@dataclass(frozen=True)
-class Group:
-    """Processes that evaluate together: each takes every ``size``-th row, ``gather`` joins what they found."""
-
-    rank: int = 0
-    size: int = 1
-    gather: Callable[[list[Any]], list[Any]] = list
 
 
 class Classification:
@@ -121,7 +112,7 @@ class Classification:
             raise EpitaxyError("there is nothing to evaluate: the data set is empty")
         found: list[tuple[list[int], Tensor]] = []
         with _evaluating(model):
-            for rows in _shares(len(dataset), batch_size, group):
+            for rows in group.batches(len(dataset), batch_size):
                 batch = self.batch([dataset[row] for row in rows])
                 found.append((rows, self.logits(model, _to_device(batch, model)).float().cpu()))
         logits = torch.empty(len(dataset), len(self.classes))
@@ -137,14 +128,6 @@ def _token_limit(opened: Opened) -> int | None:
         return limit
     positions = getattr(getattr(opened.model, "config", None), "max_position_embeddings", None)
     return None if positions is None else int(positions) - 2  # RoBERTa's table starts at two
-
-
-def _shares(total: int, batch_size: int, group: Group) -> Iterator[list[int]]:
-    """This process's batches of rows.  All processes get equally many, as sharded models need; some rows come twice."""
-    longest = -(-total // group.size)
-    rows = [min(group.rank + place * group.size, total - 1) for place in range(longest)]
-    for start in range(0, longest, batch_size):
-        yield rows[start : start + batch_size]
 
 
 def _to_device(batch: Batch, model: nn.Module) -> Batch:

@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 
 from epitaxy.core.adapter import Adapter
-from epitaxy.core.edits import Edit
 from epitaxy.core.errors import EpitaxyError, UnsupportedError
 from epitaxy.core.explain import explain
 from epitaxy.core.files import TENSORS, formats, save
+from epitaxy.core.host import activate
+from epitaxy.core.merge import merge, unmerge
 from epitaxy.train.config import count_steps, evaluation_interval
 from epitaxy.train.prepare import Prepared, prepare
 from epitaxy.train.probe import Measured, probe
@@ -95,6 +96,7 @@ def plan(recipe: Recipe, measure: bool = True) -> Plan:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = count_steps(recipe.train, len(splits.train))
     stored, size, exports = _stored(model, adapter, recipe.name)
+    mergeable = _merges(model, adapter)
     measured = probe(ready, recipe.train) if measure else None
     own = {id(parameter) for parameter in adapter.parameters()} if adapter is not None else {id(p) for p in trained}
     bytes_trained = sum(p.numel() * p.element_size() for p in trained)
@@ -123,7 +125,7 @@ def plan(recipe: Recipe, measure: bool = True) -> Plan:
             "notes": list(splits.notes),
         },
         steps=steps,
-        merge=_merges(model, adapter),
+        merge=mergeable,
         exports=exports,
         memory=memory,
         time=_time(measured, recipe, ready, steps) if measured else None,
@@ -134,13 +136,12 @@ def plan(recipe: Recipe, measure: bool = True) -> Plan:
 def _merges(model: nn.Module, adapter: Adapter | None) -> Ability:
     if adapter is None:
         return Ability("merge", True, "the base itself is trained; there is nothing to merge")
-    for piece in adapter.pieces:
-        if not isinstance(piece.module, Edit):
-            return Ability("merge", False, "it has a generator: what it adds depends on a context")
-        try:
-            piece.module.mergeable_into(model.get_submodule(piece.path))
-        except UnsupportedError as error:
-            return Ability("merge", False, f"{piece.part}: {error}")
+    try:
+        merge(model, adapter.name)
+    except UnsupportedError as error:
+        return Ability("merge", False, str(error))
+    unmerge(model, adapter.name)
+    activate(model, adapter.name)
     return Ability("merge", True, "into the weights of the base, at no cost when it runs")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from epitaxy.core.errors import EpitaxyError, nearest
-from epitaxy.tasks.classification import Group
+from epitaxy.tasks.group import Group
 from epitaxy.train.config import TrainConfig
 from epitaxy.train.schedule import learning_rate
 from epitaxy.train.trainable import Trainable

@@ -132,16 +132,26 @@ def route_deltas(group: Mapping[int, Delta], route: Route, host: nn.Module, x: T
     Rows without an adapter read the last, all-zero entry of the stack.
     """
     index = route.expanded(x.shape[0], x.device)
-    cached = None if torch.is_grad_enabled() else route.stacks.get(id(host))
-    if cached is None:
-        cached = _stack(group, len(route.names))
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            route.stacks[id(host)] = cached
-    down, up = cached
+    down, up = _stack(group, route, host)
     return add_per_row(host, x, y, down[index], up[index])
 
 
-def _stack(group: Mapping[int, Delta], count: int) -> tuple[Tensor, Tensor]:
+def _stack(group: Mapping[int, Delta], route: Route, host: nn.Module) -> tuple[Tensor, Tensor]:
+    """The stacked factors, kept while no gradient is asked for and no factor changes."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _stacked(group, len(route.names))
+    versions = tuple(_version(factor) for edit in group.values() for factor in (edit.down, edit.up))
+    known = route.stacks.get(id(host))
+    if known is None or known[0] != versions:
+        known = route.stacks[id(host)] = (versions, _stacked(group, len(route.names)))
+    return known[1]
+
+
+def _version(factor: Tensor) -> tuple[int, int]:
+    return id(factor), 0 if factor.is_inference() else factor._version
+
+
+def _stacked(group: Mapping[int, Delta], count: int) -> tuple[Tensor, Tensor]:
     rank = max(edit.rank for edit in group.values())
     some = next(iter(group.values()))
     downs, ups = [], []

@@ -40,7 +40,7 @@ class Swap(Edit):
             self.register_parameter(name, nn.Parameter(torch.zeros_like(base, dtype=kind)))
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        if "weight" in self.names or (is_norm(host) and type(host) not in NORMS and not isinstance(host, BATCH_NORMS)):
+        if "weight" in self.names or (is_norm(host) and not _known(host)):
             weight = self.weight if "weight" in self.names else torch.zeros_like(self.bias)
             return y + _norm_change(host, x, weight, self.bias if "bias" in self.names else None).to(y.dtype)
         return y + _along_channels(host, cast(self.bias, y), y.dim())
@@ -100,6 +100,11 @@ class Replace(Edit):
         return new
 
 
+def _known(host: nn.Module) -> bool:
+    """Whether a function of torch computes this norm; others run their own forward with other parameters."""
+    return type(host) in NORMS or isinstance(host, BATCH_NORMS)
+
+
 def _with(host: nn.Module, **replaced: Tensor) -> nn.Module:
     """A module like ``host`` with other parameters and no hooks; lets a norm of unknown class compute with them."""
     twin: nn.Module = object.__new__(type(host))
@@ -109,7 +114,7 @@ def _with(host: nn.Module, **replaced: Tensor) -> nn.Module:
 
 def _norm_change(host: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Norms are linear in weight and bias: the change of the output is the norm computed with the changes."""
-    if type(host) not in NORMS and not isinstance(host, BATCH_NORMS):
+    if not _known(host):
         return _unknown_norm_change(host, x, weight, bias)
     weight = cast(weight, x)
     bias = cast(bias, x) if bias is not None else None
@@ -117,10 +122,10 @@ def _norm_change(host: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None
         return F.layer_norm(x, host.normalized_shape, weight, bias, host.eps)
     if type(host) is nn.GroupNorm:
         return F.group_norm(x, host.num_groups, weight, bias, host.eps)
-    if isinstance(host, BATCH_NORMS):
-        if host.training or host.running_mean is None:  # batch statistics, without counting them a second time
-            return F.batch_norm(x, None, None, weight, bias, True, 0.0, host.eps)
-        return F.batch_norm(x, host.running_mean, host.running_var, weight, bias, False, 0.0, host.eps)
+    assert isinstance(host, BATCH_NORMS)
+    if host.training or host.running_mean is None:  # batch statistics, without counting them a second time
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, host.eps)
+    return F.batch_norm(x, host.running_mean, host.running_var, weight, bias, False, 0.0, host.eps)
 
 
 def _unknown_norm_change(host: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -32,6 +32,7 @@ class Tokens(Edit):
         self.tokens = nn.Parameter(torch.randn(depth, tokens, width) * spread)
         self.prefilling = True
         self.in_trunk = False
+        self.blocks = range(0)
 
     @property
     def count(self) -> int:
@@ -51,6 +52,9 @@ class Tokens(Edit):
         if site.path not in paths or site.last_path not in paths:
             raise SiteError(f"tokens enter and leave at blocks, {site.path!r} is none")
         first, last = paths.index(site.path), paths.index(site.last_path)
+        self.blocks = range(first, last + 1)
+        if len(self.blocks) != site.count:
+            raise SiteError(f"prompts take blocks in a row, not {site.count} of the blocks {first} to {last}")
         self.in_trunk = anatomy.causal
         yield site.path, self
         for number, path in enumerate(paths[first + 1 : last + 1], start=1):

@@ -1,7 +1,8 @@
-"""The published table of capabilities, made by running the matrix.
+"""The published tables of capabilities, made by running the matrix.
 
-``python -m tests.contract.capabilities --write docs`` runs every cell and writes ``docs/capabilities.md``.  A cell
-that breaks its promise, or a declared exception that does not show, stops it: nothing is written.
+``python -m tests.contract.capabilities --write docs`` runs every cell and writes ``docs/capabilities.md``, the table
+of the README and those on the pages of the methods.  A cell that breaks its promise, or a declared exception that
+does not show, stops it: nothing is written.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from itertools import count
 from pathlib import Path
 
 from epitaxy.core.files import write_atomically
+from epitaxy.core.registry import methods_in
 from tests.contract.cells import Cell, cells, verify
 from tests.contract.checks import CHECKS, TITLES
 from tests.contract.families import FAMILIES
 from tests.contract.methods import Variant, variants
 
 PAGE = "capabilities.md"
-BEGIN, END = "<!-- overview: begin -->", "<!-- overview: end -->"
 MADE_BY = "python -m tests.contract.capabilities --write docs"
 INTRODUCTION = (
-    f"Made by `{MADE_BY}`, which runs every cell of the contract matrix in `tests/contract`: each method on each family "
-    "of models under each promise. Not written by hand. ✓ means the promise was kept; a number names the reason why it "
-    "cannot be, and the matrix has seen the library refuse.\n"
+    f"Made by `{MADE_BY}`, which runs every cell of the contract matrix in `tests/contract`: each method on each "
+    "family of models under each promise. Not written by hand. ✓ means the promise was kept; a number names the "
+    "reason why it cannot be, and the matrix has seen the library refuse.\n"
 )
 TITLES_OF_FAMILIES = {
     "vit": "ViT",
@@ -99,17 +100,17 @@ def render(outcomes: Outcomes) -> str:
     parts = [
         "# What works where\n",
         INTRODUCTION,
-        f"{BEGIN}\n{overview(outcomes)}\n{END}\n",
+        overview(outcomes),
         *(section(method, outcomes) for method in variants().values()),
     ]
     return "\n".join(parts)
 
 
-def overview(outcomes: Outcomes) -> str:
+def overview(outcomes: Outcomes, chosen: Iterable[Variant] | None = None) -> str:
     """Method by family: ✓ or the reasons why not; what holds on every family has columns of its own."""
     notes = Notes()
     rows = [["method", *(TITLES_OF_FAMILIES[family] for family in FAMILIES), "identity start", "merges"]]
-    for method in variants().values():
+    for method in variants().values() if chosen is None else chosen:
         row = [method.title]
         for family in FAMILIES:
             reason = outcomes[("attaches", family, method.name)]
@@ -122,6 +123,33 @@ def overview(outcomes: Outcomes) -> str:
         row.extend("no" if _general(method, check, outcomes) else "yes" for check in ("identity", "merge"))
         rows.append(row)
     return f"{table(rows)}\n{notes}"
+
+
+def fill(text: str, mark: str, content: str) -> str:
+    """``text`` with what stands between ``<!-- mark -->`` and the next ``<!-- end -->`` replaced."""
+    begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    assert found, f"{begin.strip()} is missing"
+    assert closed, f"{begin.strip()} is never closed by {end}"
+    return f"{before}{begin}{content}{end}{after}"
+
+
+def pages(docs: Path, outcomes: Outcomes) -> dict[Path, str]:
+    """Every page that shows what works where, as it should be."""
+    found = {docs / PAGE: render(outcomes)}
+    single: dict[str, list[Variant]] = {}
+    for method in variants().values():
+        parts = methods_in(method.make("vit"))
+        if len(parts) == 1:
+            single.setdefault(parts[0].method_name, []).append(method)
+    readme = docs.parent / "README.md"
+    everywhere = [method for methods in single.values() for method in methods]
+    found[readme] = fill(readme.read_text(), "capabilities", overview(outcomes, everywhere))
+    for name, methods in single.items():
+        page = docs / "methods" / f"{name}.md"
+        found[page] = fill(page.read_text(), f"capabilities: {name}", overview(outcomes, methods))
+    return found
 
 
 def _general(method: Variant, check: str, outcomes: Outcomes) -> bool:
@@ -192,8 +220,9 @@ def main(arguments: list[str] | None = None) -> int:
     except AssertionError as error:
         print(f"nothing written: {error}", file=sys.stderr)
         return 1
-    write_atomically(options.write / PAGE, render(outcomes).encode())
-    print(f"wrote {options.write / PAGE}")
+    for page, text in pages(options.write, outcomes).items():
+        write_atomically(page, text.encode())
+        print(f"wrote {page}")
     return 0
 
 

@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.contract import capabilities
-from tests.contract.capabilities import BEGIN, END, PAGE, expected, probe, render
+from tests.contract.capabilities import expected, fill, pages, probe
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def test_the_published_page_is_current() -> None:
-    """Every cell is a test of its own, so what they must give is what the page must say."""
-    page = (DOCS / PAGE).read_text()
-    assert page == render(expected()), f"out of date: run `{capabilities.MADE_BY}`"
-    assert page.count(BEGIN) == page.count(END) == 1
+def test_the_published_pages_are_current() -> None:
+    """Every cell is a test of its own, so what they must give is what the pages must say."""
+    for page, text in pages(DOCS, expected()).items():
+        assert page.read_text() == text, f"{page.name} is out of date: run `{capabilities.MADE_BY}`"
 
 
 def test_the_page_is_made_from_what_cells_did(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,3 +55,11 @@ def test_nothing_is_written_when_a_promise_is_broken(
 def test_probing_one_family_gives_its_part_of_the_page() -> None:
     places = [place for place in expected() if place[1] == "plain"]
     assert probe(places) == {place: expected()[place] for place in places}
+
+
+def test_filling_a_page_touches_nothing_else() -> None:
+    assert fill("a\n<!-- x -->\nold\n<!-- end -->\nb", "x", "new\n") == "a\n<!-- x -->\nnew\n<!-- end -->\nb"
+    with pytest.raises(AssertionError, match="missing"):
+        fill("a", "x", "new")
+    with pytest.raises(AssertionError, match="never closed"):
+        fill("<!-- x -->\n", "x", "new")

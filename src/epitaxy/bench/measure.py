@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Clock = Callable[[], float]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -52,12 +54,18 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 
 def interleave(
-    cases: Mapping[str, Callable[[], Any] | Case], rounds: int, warmup: int = 2, repeat: int = 1, seed: int = 0
+    cases: Mapping[str, Callable[[], Any] | Case],
+    rounds: int,
+    warmup: int = 2,
+    repeat: int = 1,
+    seed: int = 0,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds per call of every case, round by round.
 
     A round times each case once (``repeat`` calls together), in an order drawn anew; ``warmup`` untimed rounds come
-    first.  The garbage collector rests while a case is timed.
+    first.  The garbage collector rests while a case is timed.  ``clock`` may be ``time.process_time``, which does not
+    run while other processes hold the core; it is fair between cases only with one thread on a CPU.
     """
     entries = {name: case if isinstance(case, Case) else Case(case) for name, case in cases.items()}
     order, chance = list(entries), random.Random(seed)
@@ -65,23 +73,23 @@ def interleave(
     for number in range(warmup + rounds):
         chance.shuffle(order)
         for name in order:
-            spent = _time(entries[name], repeat)
+            spent = _time(entries[name], repeat, clock)
             if number >= warmup:
                 seconds[name].append(spent / repeat)
     return seconds
 
 
-def _time(case: Case, repeat: int) -> float:
+def _time(case: Case, repeat: int, clock: Clock) -> float:
     case.prepare()
     gc.collect(0)
     gc.disable()
     try:
         synchronise()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeat):
             case.run()
         synchronise()
-        return time.perf_counter() - start
+        return clock() - start
     finally:
         gc.enable()
         case.restore()

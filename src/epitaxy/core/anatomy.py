@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from epitaxy.core.errors import SiteError, nearest
@@ -205,8 +206,22 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is a linear map; GPT-2's ``Conv1D`` (weights stored in x out) counts."""
-    return isinstance(module, nn.Linear) or is_transposed_linear(module)
+    """Whether ``module`` is a linear map; GPT-2's ``Conv1D`` (weights stored in x out) and quantised ones count."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    told = all(isinstance(size, int) for size in sizes)
+    return isinstance(module, nn.Linear) or is_transposed_linear(module) or told
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """Features in and out of a linear map; a quantised weight is packed, so that its shape says nothing."""
+    weight = getattr(module, "weight", None)
+    if is_transposed_linear(module):
+        size_in, size_out = weight_of(module).shape
+    elif isinstance(weight, Tensor) and weight.dim() == 2 and torch.is_floating_point(weight):
+        size_out, size_in = weight.shape
+    else:
+        size_in, size_out = module.in_features, module.out_features  # type: ignore[assignment]
+    return int(size_in), int(size_out)
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -262,5 +277,6 @@ __all__ = [
     "is_linear",
     "is_norm",
     "is_transposed_linear",
+    "linear_sizes",
     "weight_of",
 ]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from epitaxy.core.adapter import Adapter
-from epitaxy.core.anatomy import weight_of
 from epitaxy.core.edits import Edit
 from epitaxy.core.errors import StateError, UnsupportedError
 from epitaxy.core.host import activate, require, unwrap
@@ -60,6 +59,9 @@ def merge(
     require(model, name)
     if name in record.state.merged:
         raise StateError(f"adapter {name!r} is merged already")
+    for key, tensor in record.adapters[name].tensors().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise StateError(f"adapter {name!r} is not merged: {key} holds NaN or infinite values")
     edits = _mergeable(model, record.adapters[name])
     previous = record.state.active
     paths = list(dict.fromkeys(path for path, _ in edits))
@@ -187,21 +189,24 @@ def _probe(model: nn.Module, paths: list[str], probe: Any) -> list[Tensor]:
 
 
 def _probe_host(host: nn.Module) -> Tensor:
-    weight = weight_of(host)
-    generator = torch.Generator().manual_seed(0)
-    width = width_in(host) or int(weight.shape[0])
-    if isinstance(host, nn.Conv1d):
-        shape: tuple[int, ...] = (2, width, 4 * host.kernel_size[0])
-    elif isinstance(host, nn.Conv2d):
-        shape = (2, width, *(4 * size for size in host.kernel_size))
-    elif isinstance(host, nn.Conv3d):
-        shape = (1, width, *(2 * size for size in host.kernel_size))
-    elif isinstance(host, (nn.GroupNorm, nn.BatchNorm2d)):
-        shape = (2, width, 4, 4)
+    """The output of one module for random inputs of a shape it takes."""
+    parameter = next(host.parameters(recurse=False))
+    dtype = parameter.dtype if torch.is_floating_point(parameter) else torch.float32
+    width = width_in(host) or int(parameter.shape[0])
+    if isinstance(host, nn.modules.conv._ConvNd):
+        shape: tuple[int, ...] = (2, host.in_channels, *(4 * size for size in host.kernel_size))
+    elif isinstance(host, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+        shape = (8, width, *(2,) * {nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}.get(type(host), 0))
     else:
-        shape = (8, width) if isinstance(host, nn.BatchNorm1d) else (2, 4, width)
-    x = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
-    return host(x).detach().clone()  # type: ignore[no-any-return]
+        shape = (2, width, 4, 4) if isinstance(host, nn.GroupNorm) else (2, 4, width)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(parameter.device, dtype)
+    try:
+        return host(x).detach().clone()  # type: ignore[no-any-return]
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedError(
+            f"give merge() a probe: {type(host).__name__} takes no random input ({reason})"
+        ) from None
 
 
 __all__ = ["MergeReport", "merge", "unmerge"]

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from epitaxy.core.anatomy import TYPE_ROLES, Anatomy, Spot, base_modules, is_linear, is_norm, weight_of
+from epitaxy.core.anatomy import TYPE_ROLES, Anatomy, Spot, base_modules, is_linear, is_norm, linear_sizes, weight_of
 from epitaxy.core.errors import SiteError, nearest
 
 
@@ -155,8 +155,7 @@ def _site(
 def width_in(module: nn.Module) -> int | None:
     """Features a module takes in, told from its weights; None where it cannot be told."""
     if is_linear(module):
-        weight = weight_of(module)
-        return int(weight.shape[1] if isinstance(module, nn.Linear) else weight.shape[0])
+        return linear_sizes(module)[0]
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return module.in_channels
     return _inner(module, first=True)
@@ -165,8 +164,7 @@ def width_in(module: nn.Module) -> int | None:
 def width_out(module: nn.Module) -> int | None:
     """Features a module gives out, told from its weights; None where it cannot be told."""
     if is_linear(module):
-        weight = weight_of(module)
-        return int(weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1])
+        return linear_sizes(module)[1]
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return module.out_channels
     return _inner(module, first=False)

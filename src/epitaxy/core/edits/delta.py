@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import is_linear, is_transposed_linear, weight_of
+from epitaxy.core.anatomy import is_linear, is_transposed_linear, linear_sizes, weight_of
 from epitaxy.core.edits.edit import Edit, cast, refuse_quantised
 from epitaxy.core.errors import SiteError, UnsupportedError
 from epitaxy.core.route import Route
@@ -36,12 +36,8 @@ class Delta(Edit):
         if rank < 1:
             raise SiteError(f"rank must be at least 1, got {rank}")
         if is_linear(host):
-            weight = weight_of(host)
-            size_in, size_out = weight.shape if is_transposed_linear(host) else reversed(weight.shape)
-            if not isinstance(host, nn.Linear) or torch.is_floating_point(weight):
-                shape: tuple[int, ...] = (int(size_in),)
-            else:  # a quantised weight is packed: its shape says nothing
-                shape, size_out = (host.in_features,), host.out_features
+            size_in, size_out = linear_sizes(host)
+            shape: tuple[int, ...] = (size_in,)
         elif isinstance(host, Convolution):
             if host.groups != 1:
                 raise SiteError(f"a low-rank change of a convolution in {host.groups} groups is not defined here")
@@ -50,7 +46,7 @@ class Delta(Edit):
             raise SiteError(f"a low-rank change needs a linear map or a convolution, found {type(host).__name__}")
         self.rank, self.scale, self.dropout = rank, float(scale), float(dropout)
         self.down = nn.Parameter(torch.empty(rank, *shape))
-        self.up = nn.Parameter(torch.zeros(int(size_out), rank))
+        self.up = nn.Parameter(torch.zeros(size_out, rank))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         self._bound: tuple[Tensor, Tensor] | None = None
         self._members: Tensor | None = None

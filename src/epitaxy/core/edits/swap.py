@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import is_linear, is_norm, is_transposed_linear, weight_of
+from epitaxy.core.anatomy import is_linear, is_norm, is_transposed_linear, linear_sizes
 from epitaxy.core.edits.edit import Edit, cast, refuse_quantised
 from epitaxy.core.errors import SiteError, UnsupportedError
 
@@ -66,20 +66,25 @@ class Replace(Edit):
         super().__init__()
         if not is_linear(host):
             raise SiteError(f"a head replaces a linear map, found {type(host).__name__}")
-        weight = weight_of(host).detach()
+        size_in, size_out = linear_sizes(host)
+        if outputs is None or outputs == size_out:
+            self._copy(host)
+            return
+        self.linear = nn.Linear(size_in, outputs)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    @torch.no_grad()
+    def _copy(self, host: nn.Module) -> None:
+        weight, bias = getattr(host, "weight", None), getattr(host, "bias", None)
+        if not isinstance(weight, Tensor) or not torch.is_floating_point(weight):
+            raise UnsupportedError(f"the quantised weight of {type(host).__name__} cannot be copied to a trained head")
         weight = weight.t() if is_transposed_linear(host) else weight
-        same = outputs is None or outputs == weight.shape[0]
-        bias = getattr(host, "bias", None)
-        count = weight.shape[0] if outputs is None else outputs
-        self.linear = nn.Linear(weight.shape[1], count, bias=bias is not None or not same)
-        if same:
-            with torch.no_grad():
-                self.linear.weight.copy_(weight)
-                if bias is not None:
-                    self.linear.bias.copy_(bias)
-        else:
-            nn.init.trunc_normal_(self.linear.weight, std=0.02)
-            nn.init.zeros_(self.linear.bias)
+        kind = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+        self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=kind)
+        self.linear.weight.copy_(weight)
+        if bias is not None:
+            self.linear.bias.copy_(bias)
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         bias = self.linear.bias

@@ -1,6 +1,6 @@
 """(c) What an attached but inactive adapter costs: nothing that can be measured.
 
-    python -m benchmarks.inactive [--quick] [--rounds 60] [--threads 2]
+    python -m benchmarks.inactive [--quick] [--rounds 60] [--threads 1] [--clock cpu]
 
 The same model object is timed bare and with an inactive adapter attached, so that both find the same weights at the
 same addresses.  A second bare case, the control, shows how far two timings of one and the same thing lie apart.
@@ -15,8 +15,8 @@ import torch
 
 import epitaxy
 from benchmarks.bases import SHAPES
-from benchmarks.output import Report, arguments
-from epitaxy.bench.measure import Case, interleave, quartiles, ratios
+from benchmarks.output import Report, arguments, parsed, progress
+from epitaxy.bench.measure import Case, Clock, interleave, quartiles, ratios
 from epitaxy.bench.tables import seconds, table
 
 METHODS: dict[str, Any] = {
@@ -25,7 +25,7 @@ METHODS: dict[str, Any] = {
 }
 
 
-def overhead(shape: Any, label: str, method: Any, rounds: int, repeat: int) -> dict[str, Any]:
+def overhead(shape: Any, label: str, method: Any, rounds: int, repeat: int, clock: Clock) -> dict[str, Any]:
     """Row of the table: one method on one model."""
     model = shape.model().eval()
     inputs = shape.inputs()
@@ -44,7 +44,7 @@ def overhead(shape: Any, label: str, method: Any, rounds: int, repeat: int) -> d
         "control": Case(forward, forward),
         "inactive": Case(forward, attach, lambda: epitaxy.detach(model)),
     }
-    spent = interleave(cases, rounds, warmup=3, repeat=repeat)
+    spent = interleave(cases, rounds, warmup=3, repeat=repeat, clock=clock)
     return {
         "model": shape.name,
         "attached": label,
@@ -66,14 +66,14 @@ def run(report: Report, options: argparse.Namespace) -> None:
     rows = []
     for shape, tokens in zip(shapes, ("197 tokens", "64 tokens", "1 token"), strict=True):
         for label, method in METHODS.items():
-            row = overhead(shape, label, method, rounds, repeat=4 if tokens == "1 token" else 1)
+            progress(f"inactive {label}, {shape.name}, {tokens}")
+            row = overhead(shape, label, method, rounds, 4 if tokens == "1 token" else 1, options.timer)
             rows.append({**row, "model": f"{shape.name}, {tokens}"})
     report.add("inactive", "An attached, inactive adapter against the bare base", rows, table(rows))
 
 
 def main() -> None:
-    options = arguments(__doc__).parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(arguments(__doc__))
     report = Report("inactive", options)
     run(report, options)
     report.finish()

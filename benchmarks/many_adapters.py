@@ -1,6 +1,6 @@
 """(b) Many adapters on one base: a batch whose rows go through different ones, and the cost of holding them.
 
-    python -m benchmarks.many_adapters [--quick] [--rounds 15] [--threads 2]
+    python -m benchmarks.many_adapters [--quick] [--rounds 15] [--threads 1] [--clock cpu]
 
 Routing: 32 rows through 32 LoRAs of rank 8 in one call, against 32 calls of one row each, against PEFT's
 ``adapter_names``, and against the same batch through one adapter, which is the least it could cost.
@@ -13,7 +13,6 @@ import argparse
 import gc
 import random
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 
 import epitaxy
 from benchmarks.bases import language_model
-from benchmarks.output import Report, arguments
-from epitaxy.bench.measure import Case, interleave, memory, quartiles, ratios
+from benchmarks.output import Report, arguments, parsed, progress
+from epitaxy.bench.measure import Case, Clock, interleave, memory, quartiles, ratios, synchronise
 from epitaxy.bench.tables import seconds, size, table
 
 ROWS, RANK = 32, 8
@@ -59,7 +58,7 @@ def peft_twin(model: nn.Module, base: nn.Module, names: list[str]) -> Any:
     return wrapped.eval()
 
 
-def routing(quick: bool, rounds: int, length: int) -> tuple[list[dict[str, Any]], float]:
+def routing(quick: bool, rounds: int, length: int, clock: Clock) -> tuple[list[dict[str, Any]], float]:
     """Rows of the routing table for sequences of ``length``, and the largest difference between the ways."""
     rows = 4 if quick else ROWS
     shape = language_model(quick, rows, length)
@@ -111,7 +110,7 @@ def routing(quick: bool, rounds: int, length: int) -> tuple[list[dict[str, Any]]
         "PEFT adapter_names": named,
         "one adapter for all rows": single,
     }
-    spent = interleave(cases, rounds)
+    spent = interleave(cases, rounds, clock=clock)
     apart = max(float((outputs["separate"] - outputs[way]).abs().max()) for way in ("route", "inside", "peft"))
     found = [
         {
@@ -164,14 +163,15 @@ class Pefts:
         self.wrapped.delete_adapter(name)
 
 
-def spend(action: Callable[..., Any], *given: Any) -> float:
+def spend(clock: Clock, action: Callable[..., Any], *given: Any) -> float:
     """Seconds of one call."""
-    start = time.perf_counter()
+    start = clock()
     action(*given)
-    return time.perf_counter() - start
+    synchronise()
+    return clock() - start
 
 
-def holding(side: str, counts: list[int], quick: bool, rounds: int) -> list[dict[str, Any]]:
+def holding(side: str, counts: list[int], quick: bool, rounds: int, clock: Clock) -> list[dict[str, Any]]:
     """Rows of the holding table for one side."""
     shape = language_model(quick, batch=1, length=16)
     model = shape.model().eval()
@@ -182,18 +182,18 @@ def holding(side: str, counts: list[int], quick: bool, rounds: int) -> list[dict
     before = memory("VmRSS") if linux else 0
     rows: list[dict[str, Any]] = []
     held: list[str] = []
-    first = spend(holder.add, "a0")
+    first = spend(clock, holder.add, "a0")
     for count in counts:
         for number in range(max(1, len(held)), count):
             holder.add(f"a{number}")
         held = [f"a{number}" for number in range(count)]
         gc.collect()
         grown = memory("VmRSS") - before if linux else 0
-        switches = [spend(holder.switch, chance.choice(held)) for _ in range(max(5, rounds))]
-        passes = [spend(_forward, model, tokens) for _ in range(max(5, rounds) + 2)][2:]
+        switches = [spend(clock, holder.switch, chance.choice(held)) for _ in range(max(5, rounds))]
+        passes = [spend(clock, _forward, model, tokens) for _ in range(max(5, rounds) + 2)][2:]
         additions = []
         for number in range(5):
-            additions.append(spend(holder.add, "extra"))
+            additions.append(spend(clock, holder.add, "extra"))
             holder.switch(held[number % count])
             holder.remove("extra")
         rows.append(
@@ -223,23 +223,25 @@ def run(report: Report, options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     worst = 0.0
     for length in (16, 1):
-        found, apart = routing(options.quick, rounds, length)
+        progress(f"routing, {length} tokens")
+        found, apart = routing(options.quick, rounds, length, options.timer)
         rows += found
         worst = max(worst, apart)
     note = f"largest relative difference between the ways: {worst:.1e}"
     report.add("routing", f"A batch of rows with an adapter each ({note})", rows, table(rows))
     counts = [1, 3, 9] if options.quick else [1, 100, 1000]
-    held = holding("ours", counts, options.quick, rounds)
+    progress("holding, ours")
+    held = holding("ours", counts, options.quick, rounds, options.timer)
     peers = [count for count in counts if count <= options.peft_limit]
-    held += holding("PEFT", peers, options.quick, rounds)
+    progress("holding, PEFT")
+    held += holding("PEFT", peers, options.quick, rounds, options.timer)
     report.add("holding", "Holding many adapters", held, table(held))
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--peft-limit", type=int, default=100, help="most adapters to add to PEFT's side")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     report = Report("many_adapters", options)
     run(report, options)
     report.finish()

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from epitaxy.bench.measure import Quartiles, machine
+import torch
 
+from epitaxy.bench.measure import Clock, Quartiles, machine
+
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -20,9 +25,30 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="tiny models and few rounds: proves that the code runs")
     parser.add_argument("--rounds", type=int, default=None, help="interleaved rounds (default: by comparison)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall" if torch.cuda.is_available() else "cpu",
+        help="cpu: seconds the process held a core, steady on a machine in use; only for one thread",
+    )
     parser.add_argument("--out", type=Path, default=None, help="directory of the JSON files; default: none if --quick")
     return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options given, checked, and torch's threads set."""
+    options = parser.parse_args()
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu adds up the time of all threads; give --clock wall with more than one")
+    torch.set_num_threads(options.threads)
+    options.timer = CLOCKS[options.clock]
+    return options
+
+
+def progress(text: str) -> None:
+    """Say on the error stream what is measured now."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 class Report:
@@ -32,6 +58,7 @@ class Report:
         self.name = name
         self.folder: Path | None = options.out or (None if options.quick else RESULTS)
         self.quick: bool = options.quick
+        self.clock = f"{options.clock} time"
         self.tables: list[dict[str, Any]] = []
 
     def add(self, key: str, title: str, rows: list[dict[str, Any]], text: str) -> None:
@@ -43,7 +70,12 @@ class Report:
         """Write the JSON file."""
         if self.folder is None:
             return
-        content = {"name": self.name, "quick": self.quick, "machine": machine(), "tables": self.tables}
+        content = {
+            "name": self.name,
+            "quick": self.quick,
+            "machine": {**machine(), "clock": self.clock},
+            "tables": self.tables,
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=1, default=_plain) + "\n"
         (self.folder / f"{self.name}.json").write_text(text)

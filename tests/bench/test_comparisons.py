@@ -19,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 
 def results(module: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
-    threads = str(torch.get_num_threads())
-    command = ["x", "--quick", "--rounds", "1", "--threads", threads, "--out", str(folder), *options]
+    threads = str(torch.get_num_threads())  # main() sets them for the whole process
+    command = ["x", "--quick", "--rounds", "1", "--threads", threads, "--clock", "wall", "--out", str(folder), *options]
     monkeypatch.setattr(sys, "argv", command)
     module.main()
     stored: dict[str, Any] = json.loads((folder / f"{module.__name__.rpartition('.')[2]}.json").read_text())
@@ -62,6 +62,12 @@ def test_many_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     difference = float(routing["title"].rpartition(" ")[2].rstrip(")"))
     assert 0 <= difference < 1e-4
     assert [row["held"] for row in holding["rows"]] == [1, 3, 9, 1, 3, 9]
+
+
+def test_cpu_time_is_for_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit):
+        results(inactive, tmp_path, monkeypatch, "--threads", "2", "--clock", "cpu")
+    assert not any(tmp_path.iterdir())
 
 
 def test_inactive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

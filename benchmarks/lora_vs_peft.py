@@ -77,7 +77,143 @@ def sides(shape: Shape, depth: int | None, names: tuple[str, ...] = SIDES) -> di
 def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Any]:
     """An inference call."""
 
-    def run(report: Report, options: argparse.Namespace) -> None:
+    def run() -> None:
+        with torch.inference_mode():
+            model(**inputs)
+
+    return run
+
+
+def training_step(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Any]:
+    """Forward, backward, and a step of AdamW on what is trainable."""
+    optimiser = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
+
+    def run() -> None:
+        model(**inputs).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return run
+
+
+def times(shape: Shape, rounds: int, compiled: bool, depth: int | None, clock: Clock) -> list[dict[str, Any]]:
+    """Rows of the time table for one shape."""
+    inputs = shape.inputs()
+    models = sides(shape, depth)
+    rows = []
+    for job, make, names in (("forward", forward, SIDES), ("training step", training_step, SIDES[:2])):
+        cases = {}
+        for name in names:
+            torch.compiler.reset()
+            model = models[name].train(job != "forward")
+            cases[name] = make(torch.compile(model) if compiled else model, inputs)  # type: ignore[arg-type]
+        spent = interleave(cases, rounds, warmup=3, clock=clock)
+        row = {
+            "model": shape.name + (f", {depth} blocks" if depth else ""),
+            "mode": "compiled" if compiled else "eager",
+            "job": job,
+            **{name: quartiles(values) for name, values in spent.items()},
+            "ours / PEFT": ratios(spent["ours"], spent["PEFT"]),
+        }
+        if "bare base" in spent:
+            row["ours / bare"] = ratios(spent["ours"], spent["bare base"])
+        rows.append(row)
+    return rows
+
+
+class Layer(nn.Module):
+    """One linear map, as wide as those of the whole models."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.q_proj(x)
+        return y
+
+
+def one_layer(quick: bool, rows: int, rounds: int, clock: Clock) -> list[dict[str, Any]]:
+    """Rows of the table for one adapted linear map alone, where the difference is not lost in the rest of a model."""
+    width = 64 if quick else 768
+    first = Layer(width)
+    models: dict[str, nn.Module] = {name: copy.deepcopy(first) for name in SIDES}
+    epitaxy.attach(models["ours"], epitaxy.LoRA("q_proj", rank=RANK))
+    models["PEFT"], models["bare base"] = pefts(models["PEFT"], ("q_proj",)), bare(models["bare base"])
+    for model in models.values():
+        host: Any = model.q_proj
+        getattr(host, "base_layer", host).weight.data = first.q_proj.weight.data
+    x, gradient = torch.randn(2, rows // 2, width, requires_grad=True), torch.randn(2, rows // 2, width)
+
+    def forward_pass(model: nn.Module) -> Callable[[], Any]:
+        def call() -> None:
+            with torch.inference_mode():
+                model(x)
+
+        return call
+
+    def both_passes(model: nn.Module) -> Callable[[], Any]:
+        def call() -> None:
+            model(x).backward(gradient)
+            x.grad = None
+            for parameter in model.parameters():
+                parameter.grad = None
+
+        return call
+
+    found = []
+    for job, make in (("forward", forward_pass), ("forward and backward", both_passes)):
+        spent = interleave({name: make(model) for name, model in models.items()}, rounds, warmup=5, clock=clock)
+        found.append(
+            {
+                "model": f"one layer, {rows} x {width}",
+                "mode": "eager",
+                "job": job,
+                **{name: quartiles(values) for name, values in spent.items()},
+                "ours / PEFT": ratios(spent["ours"], spent["PEFT"]),
+                "ours / bare": ratios(spent["ours"], spent["bare base"]),
+            }
+        )
+    return found
+
+
+def kept(shape: Shape) -> dict[str, Any]:
+    """Row of the memory table: bytes autograd keeps for the backward pass, eager."""
+    inputs = shape.inputs()
+    row: dict[str, Any] = {"model": shape.name}
+    for name, model in sides(shape, None, SIDES[:2]).items():
+        row[name] = kept_for_backward(lambda model=model: model(**inputs).loss, model)  # type: ignore[misc]
+    return {**row, "ours / PEFT": row["ours"] / row["PEFT"]}
+
+
+def peak(arguments: argparse.Namespace) -> None:
+    """Run in a process of its own: print the peak of resident memory over three training steps."""
+    import peft  # noqa: F401  (on both sides: its modules are no memory of the training)
+
+    shape = SHAPES[arguments.shape](arguments.quick)
+    model = PLACE[arguments.peak](shape.model()).train()
+    step = training_step(model, shape.inputs())
+    before = memory("VmRSS")
+    forget_peak()
+    for _ in range(3):
+        step()
+    print("before", before)
+    print("peak", memory("VmHWM"))
+
+
+def peaks(name: str, quick: bool, repeats: int) -> dict[str, Any]:
+    """Row of the memory table: peak of the whole process while training, over several fresh processes."""
+    found: dict[str, list[float]] = {side: [] for side in SIDES[:2]}
+    for _ in range(repeats):
+        for side, values in found.items():
+            flags = ["--shape", name, *(["--quick"] if quick else [])]
+            values.append(peak_of(["-m", "benchmarks.lora_vs_peft", "--peak", side, *flags])["peak"])
+    row: dict[str, Any] = {"model": SHAPES[name](quick).name}
+    row.update({side: quartiles(values) for side, values in found.items()})
+    return {**row, "ours / PEFT": ratios(found["ours"], found["PEFT"])}
+
+
+def run(report: Report, options: argparse.Namespace) -> None:
     """Measure everything of this comparison and put it into ``report``."""
     rounds, quick, clock = options.rounds or (3 if options.quick else 30), options.quick, options.timer
     time_rows: list[dict[str, Any]] = []

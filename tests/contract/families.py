@@ -47,7 +47,7 @@ class Family:
 
     def model(self) -> nn.Module:
         """A fresh model in eval mode; always the same weights."""
-        return copy.deepcopy(_pristine(self.kind))
+        return copy.deepcopy(_pristine(self.build))
 
     def run(self, model: nn.Module, batch: int = 3) -> Tensor:
         """The outputs of ``model`` on the family's inputs."""
@@ -63,9 +63,9 @@ def output(result: Any) -> Tensor:
 
 
 @cache
-def _pristine(name: str) -> nn.Module:
+def _pristine(build: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    model = FAMILIES[name].build().eval()
+    model = build().eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases start at zero, norms at one, weights tiny: mistakes would hide
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 100

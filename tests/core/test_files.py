@@ -72,8 +72,8 @@ def rewrite(path: Path, changes: dict[str, Tensor | None]) -> None:
 def reconfigure(path: Path, **changes: object) -> None:
     """Change the config in the header of a saved adapter."""
     tensors, metadata = files.read_tensors(path / files.TENSORS)
-    config = {**json.loads(metadata["config"]), **changes}
-    save_file(tensors, path / files.TENSORS, {**metadata, "config": json.dumps(config)})
+    config = {**json.loads(metadata[files.MARK]), **changes}
+    save_file(tensors, path / files.TENSORS, {files.MARK: json.dumps(config)})
 
 
 def test_what_is_saved_is_what_loads(saved: Path) -> None:
@@ -86,6 +86,15 @@ def test_what_is_saved_is_what_loads(saved: Path) -> None:
     assert adapter.tensors().keys() == stored.keys()
     assert all(torch.equal(tensor, stored[key]) for key, tensor in adapter.tensors().items())
     assert all(p.requires_grad for p in epitaxy.load(vit(), saved, name="other", trainable=True).parameters())
+
+
+def test_equal_adapters_give_equal_files(saved: Path, tmp_path: Path) -> None:
+    """Byte for byte, so that a resumed run can be told to have ended where an uninterrupted one ends."""
+    model = vit()
+    epitaxy.load(model, saved)
+    for number in range(8):
+        again = epitaxy.save(model, tmp_path / str(number))
+        assert (again / files.TENSORS).read_bytes() == (saved / files.TENSORS).read_bytes()
 
 
 def test_inspect_reads_without_a_model(saved: Path) -> None:
@@ -158,7 +167,7 @@ def test_pickles_are_never_opened(saved: Path, tmp_path: Path) -> None:
 def test_foreign_files(saved: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1)}, saved / files.TENSORS)
     refused(saved, "not from epitaxy")
-    save_file({"weight": torch.zeros(1)}, saved / files.TENSORS, {"format": "epitaxy", "config": "{"})
+    save_file({"weight": torch.zeros(1)}, saved / files.TENSORS, {files.MARK: "{"})
     refused(saved, "no readable config")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "found nothing")

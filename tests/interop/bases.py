@@ -47,7 +47,6 @@ EXTRA = {
         Family("odd names", OddNames, lambda batch: {"x": noise(batch, 3, 16, 16)}),
     )
 }
-FAMILIES.update(EXTRA)  # Family.model builds from this table
 TARGETS = {
     "vit": ["q_proj", "v_proj"],
     "dinov2": ["q_proj", "fc1"],
@@ -63,7 +62,7 @@ TARGETS = {
     "resnet": ["convolution"],
     "odd names": ["conv", "linear", "mid"],
 }
-BASES = {name: FAMILIES[name] for name in TARGETS}
+BASES = {name: {**FAMILIES, **EXTRA}[name] for name in TARGETS}
 
 
 def randomise(named: Any, marker: str = "") -> None:

@@ -29,6 +29,7 @@ from epitaxy.core.layouts import Layout
 from epitaxy.core.registry import from_config
 
 SCHEMA = 1
+MARK = "epitaxy"  # the one entry of the header: several would be written in an order that differs from run to run
 TENSORS, CONFIG, CARD = "adapter.safetensors", "adapter.json", "README.md"
 
 
@@ -227,10 +228,10 @@ def _recognises(path: Path) -> bool:
 
 def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     shapes, metadata = read_shapes(path)
-    if metadata.get("format") != "epitaxy":
-        raise FormatError(f"{path}: a safetensors file that is not from epitaxy (its header has no format mark)")
+    if MARK not in metadata:
+        raise FormatError(f"{path}: a safetensors file that is not from epitaxy (its header has no {MARK!r})")
     try:
-        config = json.loads(metadata["config"])
+        config = json.loads(metadata[MARK])
         schema = int(config["schema"])
         missing = [key for key in ("name", "methods", "base") if key not in config]
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
@@ -284,7 +285,7 @@ def _write(model: nn.Module, target: Path, name: str) -> None:
     card = _card_to_replace(target, name)
     text = json.dumps(config, sort_keys=True)
     tensors = whole_tensors(adapter)
-    write_atomically(target / TENSORS, serialise(tensors, {"format": "epitaxy", "config": text}))
+    write_atomically(target / TENSORS, serialise(tensors, {MARK: text}))
     write_atomically(target / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     if card:
         values = sum(tensor.numel() for tensor in tensors.values())

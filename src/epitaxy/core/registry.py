@@ -159,4 +159,4 @@ def _check_types(cls: type[Any], name: str, values: Mapping[str, Any]) -> None:
         except ValidationError as error:
             wanted = dict.fromkeys(part["msg"].removeprefix("Input should be ") for part in error.errors())
             expected = " or ".join(wanted)
-            raise EpitaxyError(f"method {name!r}: {key} should be {expected}, found {value!r}") from None
+            raise EpitaxyError(f"{name}.{key}: expected {expected}, found {value!r}") from None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import epitaxy
 from benchmarks.bases import language_model
 from benchmarks.output import Report, arguments, parsed, progress
-from epitaxy.bench.measure import Case, Clock, interleave, memory, quartiles, ratios, synchronise
+from epitaxy.bench.measure import Case, Clock, interleave, memory, peak_of, quartiles, ratios, synchronise
 from epitaxy.bench.tables import seconds, size, table
 
 ROWS, RANK = 32, 8
@@ -178,8 +178,6 @@ def holding(side: str, counts: list[int], quick: bool, rounds: int, clock: Clock
     holder: Ours | Pefts = Ours(model) if side == "ours" else Pefts(model)
     tokens = shape.inputs()["input_ids"]
     chance = random.Random(0)
-    linux = sys.platform == "linux"
-    before = memory("VmRSS") if linux else 0
     rows: list[dict[str, Any]] = []
     held: list[str] = []
     first = spend(clock, holder.add, "a0")
@@ -187,8 +185,6 @@ def holding(side: str, counts: list[int], quick: bool, rounds: int, clock: Clock
         for number in range(max(1, len(held)), count):
             holder.add(f"a{number}")
         held = [f"a{number}" for number in range(count)]
-        gc.collect()
-        grown = memory("VmRSS") - before if linux else 0
         switches = [spend(clock, holder.switch, chance.choice(held)) for _ in range(max(5, rounds))]
         passes = [spend(clock, _forward, model, tokens) for _ in range(max(5, rounds) + 2)][2:]
         additions = []
@@ -203,13 +199,33 @@ def holding(side: str, counts: list[int], quick: bool, rounds: int, clock: Clock
                 "add one": seconds(quartiles(additions)),
                 "switch": seconds(quartiles(switches)),
                 "forward pass": seconds(quartiles(passes)),
-                "memory of each": size(grown / count) if linux and count > 1 else "",
+                "memory of each": _memory_of_each(side, count, quick),
             }
         )
     rows[0]["add one"] += f" (first: {first * 1e3:.3g} ms)"
     values = sum(parameter.numel() for name, parameter in model.named_parameters() if "a0" in name.split("."))
     rows[0]["memory of each"] = f"{size(4 * values)} of parameters"
     return rows
+
+
+def _memory_of_each(side: str, count: int, quick: bool) -> str:
+    if count == 1 or sys.platform != "linux":
+        return ""
+    flags = ["--memory", side, "--held", str(count), *(["--quick"] if quick else [])]
+    return size(peak_of(["-m", "benchmarks.many_adapters", *flags])["each"])
+
+
+def grow(side: str, count: int, quick: bool) -> None:
+    """Run in a process of its own, whose memory nothing else has used: print what each adapter after the first adds."""
+    model = language_model(quick, batch=1, length=16).model().eval()
+    holder: Ours | Pefts = Ours(model) if side == "ours" else Pefts(model)
+    holder.add("a0")
+    gc.collect()
+    before = memory("VmRSS")
+    for number in range(1, count):
+        holder.add(f"a{number}")
+    gc.collect()
+    print("each", (memory("VmRSS") - before) / (count - 1))
 
 
 def _forward(model: nn.Module, tokens: Tensor) -> None:
@@ -241,7 +257,12 @@ def run(report: Report, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--peft-limit", type=int, default=100, help="most adapters to add to PEFT's side")
+    parser.add_argument("--memory", choices=("ours", "PEFT"), help=argparse.SUPPRESS)
+    parser.add_argument("--held", type=int, help=argparse.SUPPRESS)
     options = parsed(parser)
+    if options.memory:
+        grow(options.memory, options.held, options.quick)
+        return
     report = Report("many_adapters", options)
     run(report, options)
     report.finish()

@@ -49,10 +49,13 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder``, or None.  Drafts of a killed run are cleared away."""
+    """The newest checkpoint in ``folder``, or None.  What a killed run left beside it is cleared away."""
     for draft in folder.glob(".*.draft"):
         draft.unlink(missing_ok=True)
-    return max(folder.glob(PATTERN), default=None, key=lambda path: path.name)
+    found = sorted(folder.glob(PATTERN))
+    for older in found[:-1]:
+        older.unlink(missing_ok=True)
+    return found[-1] if found else None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,14 @@ PREDICTIONS, ADAPTER, MODEL, SAMPLES = "predictions.json", "adapter", "model", "
 
 
 def claim(recipe: Recipe) -> Path:
-    """Make the run directory of ``recipe``, or find it again; raises as ``require_claimable`` does."""
+    """Make the run directory of ``recipe``, or find it again; raises as ``require_claimable`` does.
+
+    What a killed run left half-written is cleared away.
+    """
     require_claimable(recipe)
     out = recipe.out
+    for draft in _drafts(out):
+        shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
     if not (out / RECIPE).exists() or differences(read_recipe(out), recipe):
         write_atomically(out / RECIPE, recipe.to_yaml().encode())
     return out
@@ -32,7 +39,7 @@ def require_claimable(recipe: Recipe) -> None:
     out = recipe.out
     if out.exists() and not out.is_dir():
         raise RecipeError(f"{out}: expected a run directory, found a file")
-    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    found = {path.name for path in out.iterdir()} - {path.name for path in _drafts(out)} if out.is_dir() else set()
     if RECIPE not in found:
         if found:
             raise RecipeError(f"{out}: holds files that are no run ({RECIPE} is missing); choose another directory")
@@ -43,6 +50,14 @@ def require_claimable(recipe: Recipe) -> None:
                 f"{out}: holds a run of another recipe, which differs in {', '.join(keys)}; "
                 f"choose another directory with out=..., or remove this one"
             )
+
+
+def _drafts(out: Path) -> Iterator[Path]:
+    """Drafts that were never moved into place: hidden, and named after what they were to become."""
+    for name in (RECIPE, ENVIRONMENT, PREDICTIONS, RESULT, MODEL):
+        yield from out.glob(f".{name}.*")
+    for folder in (ADAPTER, SAMPLES):
+        yield from (out / folder).glob(".*")
 
 
 def read_recipe(run: Path) -> Recipe:

@@ -55,6 +55,12 @@ def test_finished_run_is_not_repeated(epitaxy: Epitaxy, recipe: Path, finished: 
     assert (finished / "result.json").read_bytes() == before
 
 
+def test_what_changes_no_result_may_change(epitaxy: Epitaxy, recipe: Path, finished: Path) -> None:
+    outcome = epitaxy("train", recipe, f"out={finished}", "train.workers=1", "train.checkpoint_every=2")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "finished already" in outcome.out
+
+
 def test_interrupted_run_resumes_to_the_same_weights(
     epitaxy: Epitaxy, recipe: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

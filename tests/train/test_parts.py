@@ -96,6 +96,8 @@ def test_lengths() -> None:
         ({"clip": 0.0}, r"train.clip must be above 0"),
         ({"epochs": -1.0}, r"train.epochs must be above 0"),
         ({"weight_decay": -0.1}, r"train.weight_decay must not be negative"),
+        ({"weight_decay": float("inf")}, r"train.weight_decay must not be negative and must be finite"),
+        ({"clip": float("inf")}, r"train.clip must be above 0 and finite"),
         ({"warmup": 2.5}, r"train.warmup is a whole number of steps or a fraction below 1"),
         (
             {"schedule": "cosin"},

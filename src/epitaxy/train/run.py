@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from epitaxy.core.errors import EpitaxyError
 from epitaxy.core.files import TENSORS, save
 from epitaxy.core.registry import methods_in
 from epitaxy.data.splits import Splits
@@ -55,7 +56,8 @@ def run(recipe: Recipe, splits: Splits | None = None, progress: bool = True) -> 
             _finish(recipe, ready, trained, out, began)
         processes.wait_for_everyone()
     result = read_json(out / RESULT)
-    assert isinstance(result, dict)
+    if not isinstance(result, dict) or "test" not in result:
+        raise EpitaxyError(f"{out / RESULT}: not the result of a run; remove it, and the run is finished anew")
     return result
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from epitaxy.core.errors import EpitaxyError
 from epitaxy.core.files import write_atomically
+from epitaxy.train.config import FREE
 from epitaxy.train.recipe import Recipe, RecipeError, differences, from_dict
 from epitaxy.train.strict_yaml import parse
 
@@ -34,7 +35,7 @@ def claim(recipe: Recipe) -> Path:
 def require_claimable(recipe: Recipe) -> None:
     """Raise ``RecipeError`` when the run directory holds foreign files, or a run of another recipe that has begun.
 
-    The message names the keys that differ.
+    The message names the keys that differ; those that change no result may.
     """
     out = recipe.out
     if out.exists() and not out.is_dir():
@@ -44,7 +45,8 @@ def require_claimable(recipe: Recipe) -> None:
         if found:
             raise RecipeError(f"{out}: holds files that are no run ({RECIPE} is missing); choose another directory")
     elif found - {RECIPE, ENVIRONMENT}:
-        keys = differences(read_recipe(out), recipe)
+        free = {f"train.{key}" for key in FREE}
+        keys = [key for key in differences(read_recipe(out), recipe) if key not in free]
         if keys:
             raise RecipeError(
                 f"{out}: holds a run of another recipe, which differs in {', '.join(keys)}; "
@@ -65,7 +67,10 @@ def read_recipe(run: Path) -> Recipe:
     file = run / RECIPE
     if not file.is_file():
         raise RecipeError(f"{run}: not a run directory, {RECIPE} is missing")
-    values = parse(file.read_text(encoding="utf-8"), str(file))
+    try:
+        values = parse(file.read_text(encoding="utf-8"), str(file))
+    except UnicodeDecodeError:
+        raise RecipeError(f"{file}: not a text file in UTF-8") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: expected a mapping")
     return from_dict(values, str(file))

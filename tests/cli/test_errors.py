@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,53 @@ def test_a_pickle_is_not_opened(epitaxy: Epitaxy, finished: Path) -> None:
     shutil.copytree(finished / "adapter", "poisoned")
     torch.save({"x": torch.zeros(1)}, "poisoned/adapter.safetensors")
     _fails(epitaxy("inspect", "poisoned"), "adapter.safetensors", "pickle")
+
+
+@pytest.mark.parametrize(
+    ("room", "named"),
+    [
+        (300, "recipe.yaml"),
+        (1500, "checkpoints/initial.safetensors"),
+        (4000, "checkpoints/step-"),
+    ],
+)
+def test_a_full_disk_is_one_sentence_too(epitaxy: Epitaxy, recipe: Path, finished: Path, room: int, named: str) -> None:
+    """With a limit on the size of files, writing fails half-way as on a full disk; afterwards the run goes on."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        outcome = epitaxy("train", recipe, "out=run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert outcome.code == 1
+    last = outcome.err.strip().splitlines()[-1]
+    assert last.startswith(f"error: run/{named}")
+    assert "ile too large" in last
+    assert "unexpected" not in last
+    assert not [path for path in Path("run").rglob(".*") if path.is_file()]
+    assert epitaxy("train", recipe, "out=run").code == 0
+    weights = [(folder / "adapter/adapter.safetensors").read_bytes() for folder in (Path("run"), finished)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "RECIPE", "out=file/run"],
+        ["report", "RUN", "--out", "file/page.html"],
+        ["eval", "RUN", "--out", "file/table.json"],
+        ["merge", "BASE", "RUN", "--out", "file/model"],
+        ["export", "RUN", "--to", "peft", "--out", "file/lora"],
+    ],
+)
+def test_places_that_cannot_be_written(
+    epitaxy: Epitaxy, words: list[str], recipe: Path, finished: Path, base: Path
+) -> None:
+    Path("file").write_text("precious")
+    given = {"RECIPE": recipe, "RUN": finished, "BASE": base}
+    outcome = epitaxy(*(given.get(word, word) for word in words))
+    _fails(outcome, words[-1].removeprefix("out="), "not a directory")
+    assert Path("file").read_text() == "precious"
 
 
 def test_adapter_of_another_base(epitaxy: Epitaxy, finished: Path) -> None:

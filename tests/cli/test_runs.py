@@ -114,6 +114,24 @@ def test_plan_says_what_cannot_be(epitaxy: Epitaxy, recipe: Path) -> None:
     assert plan["time"] is None
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.metric=acuracy", "did you mean 'accuracy'"),
+        ("train.trackers=[tensorbord]", "did you mean 'tensorboard'"),
+        pytest.param(
+            "train.precision=fp16",
+            "fp16 needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
+    ],
+)
+def test_plan_refuses_what_would_not_run(epitaxy: Epitaxy, recipe: Path, override: str, message: str) -> None:
+    outcome = epitaxy("plan", recipe, override)
+    assert outcome.code == 1
+    assert message in outcome.err
+
+
 def test_eval_many_adapters(
     epitaxy: Epitaxy, base: Path, data: Path, recipe: Path, finished: Path, tmp_path: Path
 ) -> None:

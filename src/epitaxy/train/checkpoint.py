@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from epitaxy.core.errors import FormatError
-from epitaxy.core.files import read_tensors
+from epitaxy.core.files import read_tensors, writing
 
 SCHEMA = 1
 FOLDER, PATTERN = "checkpoints", "step-*.safetensors"
@@ -82,20 +82,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     """Write a safetensors file atomically: beside the target, flushed to disk, then moved into place."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".draft")
-    os.close(handle)
-    try:
-        own = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-        save_file(own, draft, {"facts": json.dumps(facts)})
-        os.chmod(draft, 0o644)
-        _flush(Path(draft))
-        os.replace(draft, path)
-        _flush(path.parent)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(draft)
-        raise
+    own = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".draft")
+        os.close(handle)
+        try:
+            save_file(own, draft, {"facts": json.dumps(facts)})
+            os.chmod(draft, 0o644)
+            _flush(Path(draft))
+            os.replace(draft, path)
+            _flush(path.parent)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(draft)
+            raise
 
 
 def _flush(path: Path) -> None:

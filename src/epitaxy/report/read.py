@@ -90,7 +90,7 @@ def _lines(path: Path) -> list[Mapping[str, Any]]:
     """The lines of a log; the last one may be torn while a run goes on."""
     if not path.is_file():
         return []
-    found = []
+    found: list[Mapping[str, Any]] = []
     lines = _text(path).splitlines()
     for number, line in enumerate(lines, start=1):
         try:

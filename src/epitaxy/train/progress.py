@@ -72,7 +72,7 @@ def describe(record: Mapping[str, Any]) -> str:
     parts = [f"loss {record['loss']:.4f}"] if isinstance(record.get("loss"), float) else []
     for key, value in record.items():
         if key.startswith("validation_") and isinstance(value, float):
-            parts.append(f"{key.removeprefix('validation_')} {value:.4f}")
+            parts.append(f"{key.replace('_', ' ', 1)} {value:.4f}")
     return "  ".join(parts)
 
 

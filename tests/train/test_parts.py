@@ -222,7 +222,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_remaining_time(monkeypatch: pytest.
     assert "going on at step 10 of 50" in shown
     assert "30/50" in shown
     assert "steps/s" in shown
-    assert "loss 0.2500  validation accuracy 0.5000" in shown
+    assert "loss 0.2500  validation: accuracy 0.5000" in shown
     assert re.search(r"\d:\d\d:\d\d", shown), "the remaining time"
 
 

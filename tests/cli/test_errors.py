@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from epitaxy.core.errors import FormatError
+from epitaxy.train.run_directory import held
 from tests.cli.conftest import Epitaxy, Outcome, only_line
 
 
@@ -59,6 +60,14 @@ def test_another_recipe_does_not_go_into_a_run(epitaxy: Epitaxy, recipe: Path, f
     outcome = epitaxy("train", recipe, "train.learning_rate=0.5", "method.rank=4", f"out={finished}")
     _fails(outcome, "method.0.rank", "train.learning_rate", "out=")
     assert (finished / "recipe.yaml").read_bytes() == before
+
+
+def test_two_processes_do_not_write_one_run(epitaxy: Epitaxy, recipe: Path) -> None:
+    with held(Path("run")):
+        outcome = epitaxy("train", recipe, "out=run")
+        _fails(outcome, "run: another process is at work on this run")
+        assert [path.name for path in Path("run").iterdir()] == [".lock"]
+    assert epitaxy("train", recipe, "out=run", "train.epochs=1").code == 0
 
 
 def test_foreign_directory_is_left_alone(epitaxy: Epitaxy, recipe: Path) -> None:
@@ -136,7 +145,7 @@ def test_a_full_disk_is_one_sentence_too(epitaxy: Epitaxy, recipe: Path, finishe
     assert last.startswith(f"error: run/{named}")
     assert "ile too large" in last
     assert "unexpected" not in last
-    assert not [path for path in Path("run").rglob(".*") if path.is_file()]
+    assert [path.name for path in Path("run").rglob(".*") if path.is_file()] in ([], [".lock"])
     assert epitaxy("train", recipe, "out=run").code == 0
     weights = [(folder / "adapter/adapter.safetensors").read_bytes() for folder in (Path("run"), finished)]
     assert weights[0] == weights[1]

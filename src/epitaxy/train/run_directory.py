@@ -5,17 +5,45 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from epitaxy.core.errors import EpitaxyError
-from epitaxy.core.files import write_atomically
+from epitaxy.core.files import write_atomically, writing
 from epitaxy.train.config import FREE
 from epitaxy.train.recipe import Recipe, RecipeError, differences, from_dict
-from epitaxy.train.strict_yaml import parse
+from epitaxy.train.strict_yaml import read
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 RECIPE, ENVIRONMENT, METRICS, RESULT = "recipe.yaml", "environment.json", "metrics.jsonl", "result.json"
 PREDICTIONS, ADAPTER, MODEL, SAMPLES = "predictions.json", "adapter", "model", "samples"
+LOCK = ".lock"
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Hold the run directory ``out``, making it if need be; raises when another process is at work in it.
+
+    The system lets go of it when the process ends, however it ends.
+    """
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    with (out / LOCK).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(f"{out}: another process is at work on this run; wait for it, or end it") from None
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
 
 
 def claim(recipe: Recipe) -> Path:
@@ -40,7 +68,8 @@ def require_claimable(recipe: Recipe) -> None:
     out = recipe.out
     if out.exists() and not out.is_dir():
         raise RecipeError(f"{out}: expected a run directory, found a file")
-    found = {path.name for path in out.iterdir()} - {path.name for path in _drafts(out)} if out.is_dir() else set()
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    found -= {LOCK, *(path.name for path in _drafts(out))}
     if RECIPE not in found:
         if found:
             raise RecipeError(f"{out}: holds files that are no run ({RECIPE} is missing); choose another directory")
@@ -67,10 +96,7 @@ def read_recipe(run: Path) -> Recipe:
     file = run / RECIPE
     if not file.is_file():
         raise RecipeError(f"{run}: not a run directory, {RECIPE} is missing")
-    try:
-        values = parse(file.read_text(encoding="utf-8"), str(file))
-    except UnicodeDecodeError:
-        raise RecipeError(f"{file}: not a text file in UTF-8") from None
+    values = read(file)
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: expected a mapping")
     return from_dict(values, str(file))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -52,6 +53,15 @@ def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_constructor(_INT, _whole)
+
+
+def read(file: Path) -> Any:
+    """The value of a YAML file; raises ``EpitaxyError`` naming the file and the line of a mistake."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise EpitaxyError(f"{file}: not a text file in UTF-8") from None
+    return parse(text, str(file))
 
 
 def parse(text: str, source: str) -> Any:

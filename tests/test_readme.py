@@ -6,8 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import epitaxy
 from epitaxy.cli.app import app
+from epitaxy.core import registry
+from epitaxy.models.opening import open_classifier
 from epitaxy.train.recipe_files import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +26,37 @@ def test_the_quickstart_runs(
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "adapters" / "flowers" / "adapter.safetensors").exists()
     assert "merged 'flowers'" in capsys.readouterr().out
+
+
+SNIPPETS = [
+    (page.relative_to(ROOT).as_posix(), code)
+    for page in sorted((ROOT / "docs").rglob("*.md"))
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=[f"{page}-{n}" for n, (page, _) in enumerate(SNIPPETS)])
+def test_the_snippets_of_the_docs_run(page: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the shipped model; the layout of a model we do not know on a module with those names."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    names = {
+        "epitaxy": epitaxy,
+        "model": _unknown() if "Layout(" in code else open_classifier("reference-vit", "ab").model,
+    }
+    exec(compile(code, page, "exec"), names)
+    if "ScaledResidual" in names:
+        epitaxy.attach(names["model"], names["ScaledResidual"](), name="scaled")
+    assert epitaxy.explain(names["model"]).adapters
+
+
+def _unknown() -> nn.Module:
+    block = nn.ModuleDict(
+        {
+            "attn": nn.ModuleDict({name: nn.Linear(8, 8) for name in ("query", "key", "value", "out")}),
+            "ff": nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)),
+        }
+    )
+    return nn.ModuleDict({"blocks": nn.ModuleList([block])})
 
 
 def test_the_commands_exist() -> None:

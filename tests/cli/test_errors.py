@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 
 from epitaxy.core.errors import FormatError
+from epitaxy.train.run_directory import held
 from tests.cli.conftest import Epitaxy, Outcome, only_line
 
 
@@ -58,6 +60,14 @@ def test_another_recipe_does_not_go_into_a_run(epitaxy: Epitaxy, recipe: Path, f
     outcome = epitaxy("train", recipe, "train.learning_rate=0.5", "method.rank=4", f"out={finished}")
     _fails(outcome, "method.0.rank", "train.learning_rate", "out=")
     assert (finished / "recipe.yaml").read_bytes() == before
+
+
+def test_two_processes_do_not_write_one_run(epitaxy: Epitaxy, recipe: Path) -> None:
+    with held(Path("run")):
+        outcome = epitaxy("train", recipe, "out=run")
+        _fails(outcome, "run: another process is at work on this run")
+        assert [path.name for path in Path("run").iterdir()] == [".lock"]
+    assert epitaxy("train", recipe, "out=run", "train.epochs=1").code == 0
 
 
 def test_foreign_directory_is_left_alone(epitaxy: Epitaxy, recipe: Path) -> None:
@@ -112,6 +122,53 @@ def test_a_pickle_is_not_opened(epitaxy: Epitaxy, finished: Path) -> None:
     shutil.copytree(finished / "adapter", "poisoned")
     torch.save({"x": torch.zeros(1)}, "poisoned/adapter.safetensors")
     _fails(epitaxy("inspect", "poisoned"), "adapter.safetensors", "pickle")
+
+
+@pytest.mark.parametrize(
+    ("room", "named"),
+    [
+        (300, "recipe.yaml"),
+        (1500, "checkpoints/initial.safetensors"),
+        (4000, "checkpoints/step-"),
+    ],
+)
+def test_a_full_disk_is_one_sentence_too(epitaxy: Epitaxy, recipe: Path, finished: Path, room: int, named: str) -> None:
+    """With a limit on the size of files, writing fails half-way as on a full disk; afterwards the run goes on."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        outcome = epitaxy("train", recipe, "out=run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert outcome.code == 1
+    last = outcome.err.strip().splitlines()[-1]
+    assert last.startswith(f"error: run/{named}")
+    assert "ile too large" in last
+    assert "unexpected" not in last
+    assert [path.name for path in Path("run").rglob(".*") if path.is_file()] in ([], [".lock"])
+    assert epitaxy("train", recipe, "out=run").code == 0
+    weights = [(folder / "adapter/adapter.safetensors").read_bytes() for folder in (Path("run"), finished)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "RECIPE", "out=file/run"],
+        ["report", "RUN", "--out", "file/page.html"],
+        ["eval", "RUN", "--out", "file/table.json"],
+        ["merge", "BASE", "RUN", "--out", "file/model"],
+        ["export", "RUN", "--to", "peft", "--out", "file/lora"],
+    ],
+)
+def test_places_that_cannot_be_written(
+    epitaxy: Epitaxy, words: list[str], recipe: Path, finished: Path, base: Path
+) -> None:
+    Path("file").write_text("precious")
+    given = {"RECIPE": recipe, "RUN": finished, "BASE": base}
+    outcome = epitaxy(*(given.get(word, word) for word in words))
+    _fails(outcome, words[-1].removeprefix("out="), "not a directory")
+    assert Path("file").read_text() == "precious"
 
 
 def test_adapter_of_another_base(epitaxy: Epitaxy, finished: Path) -> None:

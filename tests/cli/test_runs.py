@@ -55,6 +55,12 @@ def test_finished_run_is_not_repeated(epitaxy: Epitaxy, recipe: Path, finished: 
     assert (finished / "result.json").read_bytes() == before
 
 
+def test_what_changes_no_result_may_change(epitaxy: Epitaxy, recipe: Path, finished: Path) -> None:
+    outcome = epitaxy("train", recipe, f"out={finished}", "train.workers=1", "train.checkpoint_every=2")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "finished already" in outcome.out
+
+
 def test_interrupted_run_resumes_to_the_same_weights(
     epitaxy: Epitaxy, recipe: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +112,24 @@ def test_plan_says_what_cannot_be(epitaxy: Epitaxy, recipe: Path) -> None:
     assert refused["peft"]["possible"] is False
     assert "bottleneck" in refused["peft"]["reason"]
     assert plan["time"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.metric=acuracy", "did you mean 'accuracy'"),
+        ("train.trackers=[tensorbord]", "did you mean 'tensorboard'"),
+        pytest.param(
+            "train.precision=fp16",
+            "fp16 needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
+    ],
+)
+def test_plan_refuses_what_would_not_run(epitaxy: Epitaxy, recipe: Path, override: str, message: str) -> None:
+    outcome = epitaxy("plan", recipe, override)
+    assert outcome.code == 1
+    assert message in outcome.err
 
 
 def test_eval_many_adapters(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -272,6 +273,22 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "no.zip").write_bytes(b"PK nothing")
     with pytest.raises(FormatError, match=r"not a readable zip archive"):
         load_splits(DataSpec(str(tmp_path / "no.zip")))
+
+
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures(tmp_path / "flowers", WHOLE)
+    scan = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("red"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(FormatError, match=r"flowers/.*red: this folder cannot be read \(Permission denied\)"):
+        load_splits(DataSpec(str(tmp_path / "flowers")))
 
 
 @pytest.mark.parametrize(

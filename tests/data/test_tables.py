@@ -115,6 +115,17 @@ def test_rows_without_label_or_text(tmp_path: Path) -> None:
             b'{"text": "a", "label": 1}\n[1]\n',
             r"t.jsonl:2: expected an object .* found list",
         ),
+        (
+            "t.jsonl",
+            b'{"text": "a", "label": 1, "label": 2}\n',
+            r"t.jsonl:1: not JSON \(the field 'label' is given twice",
+        ),
+        (
+            "t.jsonl",
+            b'{"text": "a", "label": ["x"]}\n',
+            r"t.jsonl:1: the column 'label' holds a list, expected one value",
+        ),
+        ("t.jsonl", b'{"text": {"a": 1}, "label": 1}\n', r"t.jsonl:1: the column 'text' holds a dict"),
         ("t.csv", b"file,label\na.png,1\nb.wav,2\n", r"t.csv: names both pictures and sounds"),
         ("t.csv", b"file,label\na.doc,1\nb.doc,2\n", r"t.csv: names neither pictures nor sounds; found .doc"),
     ],
@@ -123,6 +134,14 @@ def test_broken_tables(tmp_path: Path, name: str, content: bytes, message: str) 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FormatError, match=message):
         load_splits(DataSpec(str(tmp_path / name)))
+
+
+def test_long_texts_and_loud_suffixes(tmp_path: Path) -> None:
+    """A field longer than the csv module's own limit, in a file called as some programs call theirs."""
+    rows = "".join(f"{label}{number} {'word ' * 30000},{label}\n" for label in "ab" for number in range(8))
+    (tmp_path / "MAILS.CSV").write_text("text,label\n" + rows)
+    splits = load_splits(DataSpec(str(tmp_path / "MAILS.CSV")))
+    assert len(splits.train[0].value) > 150_000
 
 
 def test_the_same_text_on_both_sides_is_noticed(tmp_path: Path) -> None:

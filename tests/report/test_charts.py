@@ -108,3 +108,9 @@ def test_labels_tell_ticks_apart(values: list[float]) -> None:
     labels = [axis.label(tick) for tick in axis.ticks]
     assert len(set(labels)) == len(labels)
     assert [float(label) for label in labels] == pytest.approx(list(axis.ticks))
+
+
+def test_labels_of_small_learning_rates_leave_room_for_the_name_of_the_axis() -> None:
+    axis = linear_axis([1e-4, 4e-4], ticks=6)
+    assert [axis.label(tick) for tick in axis.ticks][:3] == ["1e-4", "1.5e-4", "2e-4"]
+    assert linear_axis([0.0, 1e-4]).label(0.0) == "0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def test_page(runs: list[Path], tmp_path: Path) -> None:
     assert "lora (rank 8) + head: 0.75 at 12.3k; head: 0.5 at 300" in plot
     assert "lora (rank 8) + head from 0.2 to 0.6" in curves
     assert "http" not in page.source
+
+
+def test_runs_of_different_data_are_told_apart(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("a"), make_run("b", rank=2)]
+    assert "compare their accuracies with care" not in Page(build_comparison(runs, tmp_path / "same.html")).text
+    file = runs[1] / "result.json"
+    result = json.loads(file.read_text())
+    result["data"] |= {"source": "elsewhere", "classes": ["x", "y"]}
+    file.write_text(json.dumps(result))
+    page = Page(build_comparison(runs, tmp_path / "other.html"))
+    assert "adapted to elsewhere: 2 classes" in page.text
+    assert "compare their accuracies with care" in page.text
+    assert "guessing" not in page.text  # there is no one chance level
 
 
 def test_unfinished_runs_are_named(make_run: MakeRun, tmp_path: Path) -> None:

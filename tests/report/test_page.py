@@ -153,6 +153,27 @@ def test_bad_input(make_run: MakeRun, tmp_path: Path) -> None:
         build_report(run)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("recipe.yaml", b"\xff\xfe", "not a text file in UTF-8"),
+        ("metrics.jsonl", b"\xff\n{}\n", "not a text file in UTF-8"),
+        ("metrics.jsonl", b"[1]\n", "line 1: expected an object"),
+        ("environment.json", b"[1]", "expected an object with named fields, found list"),
+        ("result.json", b"{}", "not what a run writes, 'method' is missing"),
+        ("predictions.json", b"3", "expected an object with named fields, found int"),
+        ("predictions.json", b"{}", "not what a run writes, 'classes' is missing"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(make_run: MakeRun, name: str, content: bytes, message: str) -> None:
+    run = make_run()
+    (run / name).write_bytes(content)
+    with pytest.raises(EpitaxyError, match=message) as caught:
+        build_report(run)
+    assert name in str(caught.value)
+    assert not (run / "report.html").exists()
+
+
 def test_out(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
     assert build_report(run, tmp_path / "pages" / "one.html") == tmp_path / "pages" / "one.html"

@@ -1,7 +1,8 @@
-"""Runs that are killed with SIGKILL, at random moments or at every single step of writing, and taken up again.
+"""Whole runs that are killed with SIGKILL, at random moments or at every single step of writing, and taken up again.
 
 A program of its own: it imports everything once and forks a child for each attempt, so that an attempt costs
-milliseconds.  Usage: ``python -m tests.train.killing random|writing FOLDER KILLS SEED``; prints one JSON object.
+milliseconds.  Usage: ``python -m tests.train.killing random|writing adapter|full FOLDER KILLS SEED``; prints one JSON
+object.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,27 +22,63 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from epitaxy.core.files import read_tensors
+from epitaxy.core.files import inspect, read_tensors
 from epitaxy.train.checkpoint import FOLDER, PATTERN
-from epitaxy.train.loop import METRICS, TrainConfig, read_metrics, train
+from epitaxy.train.loop import METRICS, read_metrics
 from epitaxy.train.metrics_log import MetricsLog
-from tests.train.small import digest, small_run, without_times
+from epitaxy.train.recipe import Recipe, from_dict
+from epitaxy.train.run import run
+from epitaxy.train.run_directory import ADAPTER, MODEL, PREDICTIONS, RECIPE, RESULT, read_json, read_recipe
+from tests.train.small import digest, small_data, small_model, without_times
 
-SCHEDULE = TrainConfig(
-    steps=18, batch=5, accumulate=2, learning_rate=0.02, evaluate_every=4, checkpoint_every=3, log_every=2, warmup=3
-)
+TRAIN = {
+    "steps": 18,
+    "batch": 5,
+    "accumulate": 2,
+    "learning_rate": 0.02,
+    "evaluate_every": 4,
+    "checkpoint_every": 3,
+    "log_every": 2,
+    "warmup": 3,
+}
+METHODS: dict[str, Any] = {"adapter": [{"method": "lora", "rank": 2, "dropout": 0.2}, "head"], "full": "full"}
+CLOCK = ("seconds", "train_seconds", "peak_memory")  # what depends on the machine and its mood
+Attempt = Callable[[str], None]
 
 
-def attempt(folder: Path, name: str) -> None:
-    """Train in ``folder/name`` to the end, from wherever it stands, and write down the exact outcome."""
-    model, adapter, task, splits = small_run(folder / "data")
-    result = train(model, adapter, task, splits.train, splits.validation, SCHEDULE, folder / name, progress=False)
-    outcome = {
-        "weights": digest(adapter.tensors()),
-        "best": [result.best_step, result.best_metric],
-        "history": without_times(result.history),
-    }
-    (folder / f"{name}.json").write_text(json.dumps(outcome))
+def make_attempt(folder: Path, method: str) -> Attempt:
+    """Write the base and the data that every attempt reads; returns what carries out a run of the given name."""
+    opened = small_model()
+    opened.model.save_pretrained(folder / "base")  # type: ignore[operator]
+    opened.processor.save_pretrained(folder / "base")
+    small_data(folder / "data")
+
+    def recipe(name: str) -> Recipe:
+        values = {"base": str(folder / "base"), "data": str(folder / "data"), "method": METHODS[method], "samples": 3}
+        return from_dict({**values, "train": TRAIN, "out": folder / name}, "killing")
+
+    def attempt(name: str) -> None:
+        """Carry out the run, from wherever it stands, and write down the exact outcome."""
+        out = folder / name
+        result = run(recipe(name), progress=False)
+        weights = {file.name: digest(read_tensors(file)[0]) for file in out.glob("[am]*/*.safetensors")}
+        outcome = {
+            "weights": weights,
+            "result": {key: value for key, value in result.items() if key not in CLOCK},
+            "predictions": read_json(out / PREDICTIONS),
+            "history": without_times(read_metrics(out / METRICS)),
+            "files": sorted(str(path.relative_to(out)) for path in proper_files(out)),
+        }
+        assert len(weights) == 1
+        (folder / f"{name}.json").write_text(json.dumps(outcome))
+
+    return attempt
+
+
+def proper_files(out: Path) -> list[Path]:
+    """The files of a run; hidden ones are drafts that a kill left behind."""
+    hidden = [path for path in out.rglob("*") if any(part.startswith(".") for part in path.relative_to(out).parts)]
+    return [path for path in out.rglob("*") if path.is_file() and path not in hidden]
 
 
 def fork(work: Callable[[], None]) -> int:
@@ -58,9 +96,9 @@ def fork(work: Callable[[], None]) -> int:
         os._exit(1)
 
 
-def finish(folder: Path, name: str) -> dict[str, Any]:
+def finish(folder: Path, name: str, attempt: Attempt) -> dict[str, Any]:
     """Let a run come to its end and return the outcome."""
-    _, status = os.waitpid(fork(lambda: attempt(folder, name)), 0)
+    _, status = os.waitpid(fork(lambda: attempt(name)), 0)
     assert status == 0, f"the run {name} did not end well: {status}"
     outcome: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return outcome
@@ -68,27 +106,40 @@ def finish(folder: Path, name: str) -> dict[str, Any]:
 
 def require_whole(out: Path) -> None:
     """Every file with a proper name can be read in full, and once there was a checkpoint there always is one."""
-    for path in (out / FOLDER).glob("*.safetensors"):
-        read_tensors(path)
+    for path in proper_files(out):
+        if path.suffix == ".safetensors":
+            read_tensors(path)
+        elif path.suffix == ".json":
+            read_json(path)
+    if (out / RECIPE).exists():
+        read_recipe(out)
+    if (out / ADAPTER / "adapter.safetensors").exists():
+        inspect(out / ADAPTER)
+    if (out / MODEL).exists():
+        assert {"config.json", "model.safetensors"} <= {path.name for path in (out / MODEL).iterdir()}
+    if (out / RESULT).exists():
+        assert (out / PREDICTIONS).exists()
+        assert (out / ADAPTER).exists() or (out / MODEL).exists()
     steps = [line["step"] for line in read_metrics(out / METRICS)]
     assert max(steps, default=0) <= 3 or list((out / FOLDER).glob(PATTERN)), "a checkpoint went before the next came"
 
 
-def at_random(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+def at_random(folder: Path, attempt: Attempt, kills: int, seed: int) -> dict[str, Any]:
     """Kill ``kills`` times after a random wait; a run that reached its end is compared, and another one begins."""
+    finish(folder, "warm", attempt)
     began = time.monotonic()
-    expected = finish(folder, "reference")
+    expected = finish(folder, "reference", attempt)
     duration = time.monotonic() - began
     dice = random.Random(seed)
     killed, number, runs, stands = 0, 0, [], []
     while killed < kills:
         name = f"run{number}"
-        child = fork(lambda name=name: attempt(folder, name))
-        time.sleep(dice.uniform(0.02, 0.6) * duration)
+        child = fork(lambda name=name: attempt(name))
+        time.sleep(dice.uniform(0.02, 0.8) * duration)
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             assert status == 0, f"an attempt failed by itself: {status}"
-            runs.append(finish(folder, name))
+            runs.append(finish(folder, name, attempt))
             number += 1
             continue
         os.kill(child, signal.SIGKILL)
@@ -96,7 +147,7 @@ def at_random(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         killed += 1
         require_whole(folder / name)
         stands.append(sorted(path.name for path in (folder / name / FOLDER).glob(PATTERN)))
-    runs.append(finish(folder, f"run{number}"))
+    runs.append(finish(folder, f"run{number}", attempt))
     return {"kills": killed, "runs": len(runs), "equal": [run == expected for run in runs], "stands": stands}
 
 
@@ -124,6 +175,7 @@ def die_at(moment: int) -> None:
         return patched
 
     os.replace, os.fsync, os.unlink = around(os.replace), around(os.fsync), around(os.unlink)
+    os.mkdir, tempfile.mkstemp, tempfile.mkdtemp = around(os.mkdir), around(tempfile.mkstemp), around(tempfile.mkdtemp)
     Path.unlink = around(Path.unlink)  # type: ignore[method-assign]
     save_file = safetensors.torch.save_file
 
@@ -146,16 +198,16 @@ def die_at(moment: int) -> None:
     MetricsLog.write = write_half  # type: ignore[method-assign]
 
 
-def while_writing(folder: Path, every: int) -> dict[str, Any]:
+def while_writing(folder: Path, attempt: Attempt, every: int) -> dict[str, Any]:
     """Kill a fresh run at each moment of writing in turn (or each ``every``-th), and let it go on."""
-    expected = finish(folder, "reference")
+    expected = finish(folder, "reference", attempt)
     moment, kills, equal = 1, 0, []
     while True:
         name = f"moment{moment}"
 
         def work(moment: int = moment, name: str = name) -> None:
             die_at(moment)
-            attempt(folder, name)
+            attempt(name)
 
         _, status = os.waitpid(fork(work), 0)
         if status == 0:
@@ -163,16 +215,18 @@ def while_writing(folder: Path, every: int) -> dict[str, Any]:
         assert os.WIFSIGNALED(status), f"an attempt failed by itself: {status}"
         kills += 1
         require_whole(folder / name)
-        equal.append(finish(folder, name) == expected)
-        shutil.rmtree(folder / name)
+        equal.append(finish(folder, name, attempt) == expected)
+        shutil.rmtree(folder / name, ignore_errors=True)
         moment += every
 
 
 def main() -> None:
     """Run what the command line asks for."""
     torch.set_num_threads(1)
-    mode, folder, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    found = at_random(folder, kills, seed) if mode == "random" else while_writing(folder, kills)
+    mode, method, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    kills, seed = int(sys.argv[4]), int(sys.argv[5])
+    attempt = make_attempt(folder, method)
+    found = at_random(folder, attempt, kills, seed) if mode == "random" else while_writing(folder, attempt, kills)
     print(json.dumps(found))
 
 

@@ -96,6 +96,8 @@ def test_lengths() -> None:
         ({"clip": 0.0}, r"train.clip must be above 0"),
         ({"epochs": -1.0}, r"train.epochs must be above 0"),
         ({"weight_decay": -0.1}, r"train.weight_decay must not be negative"),
+        ({"weight_decay": float("inf")}, r"train.weight_decay must not be negative and must be finite"),
+        ({"clip": float("inf")}, r"train.clip must be above 0 and finite"),
         ({"warmup": 2.5}, r"train.warmup is a whole number of steps or a fraction below 1"),
         (
             {"schedule": "cosin"},
@@ -220,7 +222,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_remaining_time(monkeypatch: pytest.
     assert "going on at step 10 of 50" in shown
     assert "30/50" in shown
     assert "steps/s" in shown
-    assert "loss 0.2500  accuracy 0.5000" in shown
+    assert "loss 0.2500  validation: accuracy 0.5000" in shown
     assert re.search(r"\d:\d\d:\d\d", shown), "the remaining time"
 
 

@@ -96,6 +96,17 @@ def test_method_overrides(plain: Path) -> None:
         ("train.batch=0", ["train.batch must be at least 1"]),
         ("train.batch.size=3", ["'train.batch' is one value"]),
         ("train=3", ["train", "3"]),
+        ("train=null", ["train: expected keys and their values, found None"]),
+        ("train.batch=true", ["train.batch: expected a number or a name, found true"]),
+        ("samples=false", ["samples: expected a number or a name, found false"]),
+        ("train.trackers=tensorboard", ["train.trackers: expected a list, found 'tensorboard'"]),
+        ("train.warmup=.inf", ["train.warmup must not be negative and must be finite, got inf"]),
+        ("train.seed=99999999999999999999", ["train.seed must be below 2^63"]),
+        ("out=null", ["out: expected a path, found None"]),
+        ("data=''", ["data.source: it is empty"]),
+        ("base=' '", ["base.source: it is empty"]),
+        ("train={[a]: 3}", ["not readable as YAML: a key must be a plain word"]),
+        ("train={{a: 1}: 3}", ["not readable as YAML: a key must be a plain word"]),
         ("train.schedule=cosin", ["train.schedule", "'cosine'", "'cosin'"]),
         ("data.validation=1.5", ["data.validation", "1.5"]),
         ("name=a/b", ["name", "'a/b'"]),
@@ -125,7 +136,7 @@ def test_bad_overrides(plain: Path, override: str, fragments: list[str]) -> None
 
 
 def test_steps_and_epochs_exclude_each_other(plain: Path) -> None:
-    assert "train.steps and train.epochs" in _message(plain, "train.steps=5")
+    assert "give one and let the other be null" in _message(plain, "train.steps=5")
     assert load_recipe(plain, ["train.epochs=null", "train.steps=5"]).train.steps == 5
 
 
@@ -211,6 +222,8 @@ def test_not_a_text_file(tmp_path: Path) -> None:
         ("no", "no"),
         ("on", "on"),
         ("true", True),
+        ("2024-13-45", "2024-13-45"),
+        ("2024-01-05", "2024-01-05"),
         ("null", None),
         ("~", None),
         ("1.2.3", "1.2.3"),
@@ -221,6 +234,11 @@ def test_scalars(text: str, value: object) -> None:
     found = parse(text, "x")
     assert found == value
     assert type(found) is type(value)
+
+
+def test_the_run_directory_may_be_in_the_home_directory(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert load_recipe(plain, ["out=~/runs/one"]).out == Path("/home/ann/runs/one")
 
 
 def test_differences(plain: Path) -> None:

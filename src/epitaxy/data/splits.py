@@ -20,7 +20,7 @@ from epitaxy.data.hub import SAVED, read_hub
 from epitaxy.data.shipped import PREFIX, shipped_archive
 from epitaxy.data.spec import DataSpec, Modality, Pool, Row, natural_order
 from epitaxy.data.stored import Tree, list_archive, list_folder
-from epitaxy.data.table import SUFFIXES, read_table, table_files
+from epitaxy.data.table import SUFFIXES, is_table, read_table, table_files
 
 __all__ = ["DataSpec", "Example", "Examples", "Modality", "Splits", "Waveform", "load_splits"]
 
@@ -139,9 +139,9 @@ def _read(spec: DataSpec) -> Pool:
             return read_hub(spec)
         near = nearest(path.name, [item.name for item in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise FormatError(f"{spec.source}: no such file or folder{near if 'did you mean' in near else ''}")
-    if spec.kind == "csv" or (spec.kind == "auto" and path.is_file() and path.suffix in SUFFIXES):
+    if spec.kind == "csv" or (spec.kind == "auto" and path.is_file() and is_table(path)):
         return read_table(path, spec)
-    if path.is_file() and path.suffix != ".zip":
+    if not path.is_dir() and path.suffix.lower() != ".zip":
         raise FormatError(f"{spec.source}: expected a folder, a .zip, or a table ({', '.join(SUFFIXES)})")
     if spec.kind == "auto" and path.is_dir():
         if any((path / name).exists() for name in SAVED):

@@ -82,9 +82,16 @@ class Tree:
 
 
 def list_folder(path: Path) -> Tree:
-    """Every file below ``path``; links are followed, hidden files are not looked at."""
+    """Every file below ``path``; links are followed, hidden files are not looked at.
+
+    Raises ``FormatError`` for a folder that may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise FormatError(f"{error.filename}: this folder cannot be read ({error.strerror})") from None
+
     tree, seen = Tree(str(path)), set()
-    for folder, folders, names in os.walk(path, followlinks=True):
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
         if real in seen:  # a link that leads back up
             folders.clear()

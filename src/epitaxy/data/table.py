@@ -19,13 +19,19 @@ FILE_COLUMNS = ("file", "path", "file_name", "filename", "image", "audio")
 TEXT_COLUMNS = ("text", "sentence", "content")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 SPLIT_COLUMNS = ("split",)
+LONGEST = 2**31 - 1  # letters of one field; the csv module by itself stops at 131072
 Line = tuple[int, dict[str, Any]]
 
 
 def table_files(folder: Path) -> dict[str | None, Path]:
     """The tables of a folder that are named as splits: ``train.csv``, ``val.csv`` and the like."""
     usual = {alias for aliases in SPLITS.values() for alias in aliases}
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES and path.stem in usual}
+    return {path.stem: path for path in sorted(folder.iterdir()) if is_table(path) and path.stem in usual}
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a table, by its name."""
+    return path.suffix.lower() in SUFFIXES
 
 
 def read_table(path: Path, spec: DataSpec) -> Pool:
@@ -62,6 +68,10 @@ def _rows(table: Path, split: str | None, spec: DataSpec) -> tuple[list[Row], Mo
     rows = []
     for number, line in lines:
         name = f"{table}:{number}"
+        for column in (source, label):
+            if isinstance(line.get(column), (dict, list)):
+                kind = type(line[column]).__name__
+                raise FormatError(f"{name}: the column {column!r} holds a {kind}, expected one value")
         value, answer = _cell(line, source), _cell(line, label)
         content: File | str = value
         if is_file:
@@ -110,11 +120,12 @@ def _lines(table: Path) -> Iterator[Line]:
         raise FormatError(f"{table}: cannot be read ({error.strerror})") from None
     if not text.strip():
         raise FormatError(f"{table}: the file is empty")
-    yield from _json_lines(table, text) if table.suffix == ".jsonl" else _separated(table, text)
+    yield from _json_lines(table, text) if table.suffix.lower() == ".jsonl" else _separated(table, text)
 
 
 def _separated(table: Path, text: str) -> Iterator[Line]:
-    separator = "\t" if table.suffix == ".tsv" else ","
+    separator = "\t" if table.suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(LONGEST)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     names = list(reader.fieldnames or ())
     if len(set(names)) < len(names):
@@ -133,12 +144,21 @@ def _json_lines(table: Path, text: str) -> Iterator[Line]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_fields)
         except ValueError as error:
             raise FormatError(f"{table}:{number}: not JSON ({error})") from None
         if not isinstance(value, dict):
             raise FormatError(f"{table}:{number}: expected an object with named fields, found {type(value).__name__}")
         yield number, value
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r} is given twice")
+    return fields
 
 
 def _cell(line: dict[str, Any], column: str) -> str:

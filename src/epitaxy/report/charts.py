@@ -55,8 +55,11 @@ class Axis:
     def label(self, tick: float) -> str:
         """A tick as text, with as many decimals as tell neighbours apart."""
         step = self.ticks[1] - self.ticks[0]
-        if self.log or not 1e-5 <= step < 1e3:
+        if self.log or step >= 1e3:
             return short(tick)
+        if step < 1e-4:
+            digits, power = f"{tick:.3e}".split("e")
+            return f"{float(digits):g}e{int(power)}" if tick else "0"
         return f"{tick:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 

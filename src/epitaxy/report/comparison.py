@@ -82,7 +82,7 @@ def build_comparison(paths: Sequence[Path], out: Path, title: str = "Comparison"
     """Write the page about the runs in ``paths`` to ``out``; returns ``out``."""
     groups = group_runs(paths)
     best = max(groups, key=lambda group: group.accuracy)
-    first = groups[0].results[0]
+    classes = {len(group.results[0]["data"]["classes"]) for group in groups}
     marks = [
         Mark(group.title, group.mean("trained_parameters"), group.accuracy, group.spread or 0.0, group.accuracies)
         for group in groups
@@ -93,12 +93,8 @@ def build_comparison(paths: Sequence[Path], out: Path, title: str = "Comparison"
         title=title,
         groups=groups,
         best=best,
-        data=sorted({str(group.results[0]["data"]["source"]) for group in groups}),
-        base=sorted({str(group.results[0]["base"]["source"]) for group in groups}),
-        parameters=first["base"]["parameters"],
-        counts=first["data"]["counts"],
-        classes=first["data"]["classes"],
-        chance=1 / len(first["data"]["classes"]),
+        setting=list(dict.fromkeys(_setting(group.results[0]) for group in groups)),
+        chance=1 / classes.pop() if len(classes) == 1 else None,
         points=point_chart(marks, "Accuracy against trained parameters", "trained parameters", "test accuracy"),
         curves=line_chart(
             [Series(group.title, _mean_curve(group, metric)) for group in groups],
@@ -112,6 +108,15 @@ def build_comparison(paths: Sequence[Path], out: Path, title: str = "Comparison"
     )
     write_atomically(out, page.encode())
     return out
+
+
+def _setting(result: Mapping[str, Any]) -> str:
+    """What was adapted, and to what."""
+    base, data = result["base"], result["data"]
+    return (
+        f"{base['source']} ({base['parameters']:,} parameters) adapted to {data['source']}: {len(data['classes'])} "
+        f"classes, {data['counts']['train']:,} training and {data['counts']['test']:,} test examples."
+    )
 
 
 def _mean_curve(group: Group, metric: str) -> list[tuple[float, float]]:

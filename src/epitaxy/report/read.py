@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,9 @@ def read_run(path: Path) -> Run:
 
     if not (path / RECIPE).is_file():
         raise EpitaxyError(f"{path}: not a run directory, {RECIPE} is missing")
-    text = (path / RECIPE).read_text(encoding="utf-8")
-    try:
+    text, recipe = _text(path / RECIPE), None
+    with suppress(yaml.YAMLError):
         recipe = yaml.safe_load(text)
-    except yaml.YAMLError:
-        recipe = None
     if not isinstance(recipe, dict):
         raise EpitaxyError(f"{path / RECIPE}: not readable as a recipe")
     return Run(
@@ -52,8 +51,8 @@ def read_run(path: Path) -> Run:
         recipe,
         _json(path / ENVIRONMENT) or {},
         _lines(path / METRICS),
-        _json(path / RESULT),
-        _json(path / PREDICTIONS),
+        _json(path / RESULT, needed=("method", "base", "data", "test", "validation", "peak_memory")),
+        _json(path / PREDICTIONS, needed=("classes", "confusion", "names", "targets", "predictions", "confidences")),
     )
 
 
@@ -64,25 +63,43 @@ def data_uri(path: Path) -> str | None:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
-def _json(path: Path) -> Any:
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise EpitaxyError(f"{path}: not a text file in UTF-8") from None
+
+
+def _json(path: Path, needed: Sequence[str] = ()) -> Mapping[str, Any] | None:
+    """The object in a file, or None when there is no such file."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(_text(path))
+    except json.JSONDecodeError as error:
         raise EpitaxyError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise EpitaxyError(f"{path}: expected an object with named fields, found {type(value).__name__}")
+    missing = [key for key in needed if key not in value]
+    if missing:
+        raise EpitaxyError(f"{path}: not what a run writes, {missing[0]!r} is missing")
+    return value
 
 
 def _lines(path: Path) -> list[Mapping[str, Any]]:
     """The lines of a log; the last one may be torn while a run goes on."""
     if not path.is_file():
         return []
-    found = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    found: list[Mapping[str, Any]] = []
+    lines = _text(path).splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
+            value = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise EpitaxyError(f"{path}, line {number}: not readable as JSON") from None
+            if number == len(lines):
+                break
+            raise EpitaxyError(f"{path}, line {number}: not readable as JSON") from None
+        if not isinstance(value, dict):
+            raise EpitaxyError(f"{path}, line {number}: expected an object with named fields")
+        found.append(value)
     return found

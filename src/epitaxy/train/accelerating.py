@@ -45,13 +45,18 @@ def make_accelerator(config: TrainConfig, out: Path) -> Any:
             f"training under {accelerator.distributed_type.value} has no exact resume here; use one process or DDP, or "
             "call the task's loss from a loop of your own"
         )
-    if config.precision == "fp16" and accelerator.device.type == "cpu":
-        raise EpitaxyError("train.precision: fp16 needs a GPU, this is a CPU; use bf16 or no")
+    check_precision(config.precision, accelerator.device.type)
     if config.batch % accelerator.num_processes:
         raise EpitaxyError(
             f"train.batch: {config.batch} examples cannot be shared evenly among {accelerator.num_processes} processes"
         )
     return accelerator
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Raise for a precision that the kind of device cannot train in."""
+    if precision == "fp16" and device == "cpu":
+        raise EpitaxyError("train.precision: fp16 needs a GPU, this is a CPU; use bf16 or no")
 
 
 @contextmanager

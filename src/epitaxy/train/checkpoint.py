@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from epitaxy.core.errors import FormatError
-from epitaxy.core.files import read_tensors
+from epitaxy.core.files import read_tensors, writing
 
 SCHEMA = 1
 FOLDER, PATTERN = "checkpoints", "step-*.safetensors"
@@ -49,10 +49,13 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder``, or None.  Drafts of a killed run are cleared away."""
+    """The newest checkpoint in ``folder``, or None.  What a killed run left beside it is cleared away."""
     for draft in folder.glob(".*.draft"):
         draft.unlink(missing_ok=True)
-    return max(folder.glob(PATTERN), default=None, key=lambda path: path.name)
+    found = sorted(folder.glob(PATTERN))
+    for older in found[:-1]:
+        older.unlink(missing_ok=True)
+    return found[-1] if found else None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -79,20 +82,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     """Write a safetensors file atomically: beside the target, flushed to disk, then moved into place."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".draft")
-    os.close(handle)
-    try:
-        own = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-        save_file(own, draft, {"facts": json.dumps(facts)})
-        os.chmod(draft, 0o644)
-        _flush(Path(draft))
-        os.replace(draft, path)
-        _flush(path.parent)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(draft)
-        raise
+    own = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".draft")
+        os.close(handle)
+        try:
+            save_file(own, draft, {"facts": json.dumps(facts)})
+            os.chmod(draft, 0o644)
+            _flush(Path(draft))
+            os.replace(draft, path)
+            _flush(path.parent)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(draft)
+            raise
 
 
 def _flush(path: Path) -> None:

@@ -11,6 +11,8 @@ from epitaxy.core.errors import EpitaxyError, nearest
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["no", "bf16", "fp16"]
 DEFAULT_EPOCHS = 10.0
+FREE = ("workers", "trackers", "checkpoint_every")  # may change between a run and its resumption
+SEEDS = 2**63  # torch takes no larger ones
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
-            raise EpitaxyError("train.steps and train.epochs both say how long to train; give one of them")
+            raise EpitaxyError(
+                "train.steps and train.epochs both say how long to train; give one and let the other be null"
+            )
         at_least_one = [
             "steps",
             "batch",
@@ -66,11 +70,13 @@ class TrainConfig:
         for name in ("epochs", "learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise EpitaxyError(f"train.{name} must be above 0, got {value}")
+                raise EpitaxyError(f"train.{name} must be above 0 and finite, got {value}")
         for name in ("weight_decay", "warmup", "workers", "seed"):
             value = getattr(self, name)
-            if not value >= 0:
-                raise EpitaxyError(f"train.{name} must not be negative, got {value}")
+            if not (value >= 0 and math.isfinite(value)):
+                raise EpitaxyError(f"train.{name} must not be negative and must be finite, got {value}")
+        if self.seed >= SEEDS:
+            raise EpitaxyError(f"train.seed must be below 2^63, got {self.seed}")
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise EpitaxyError(f"train.warmup is a whole number of steps or a fraction below 1, got {self.warmup}")
         for name, known in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from epitaxy.core.files import writing
+
 
 class MetricsLog:
     """The open log; ``position`` says how many of its bytes to keep, what lies behind is cut off."""
@@ -23,18 +25,21 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append one line; numbers that JSON cannot hold become null."""
         lost = {key: None for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
-        self._stream.write(json.dumps({**record, **lost}).encode() + b"\n")
-        self._stream.flush()
+        with writing(self.path):
+            self._stream.write(json.dumps({**record, **lost}).encode() + b"\n")
+            self._stream.flush()
 
     def position(self) -> int:
         """Bytes written so far, now safely on disk."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        with writing(self.path):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
         return self._stream.tell()
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        with writing(self.path):
+            self._stream.close()
 
 
 def whole_lines(data: bytes) -> bytes:

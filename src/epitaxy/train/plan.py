@@ -20,11 +20,14 @@ from epitaxy.core.explain import explain
 from epitaxy.core.files import TENSORS, formats, save
 from epitaxy.core.host import activate
 from epitaxy.core.merge import merge, unmerge
+from epitaxy.tasks.classification import Classification
 from epitaxy.train.config import count_steps, evaluation_interval
 from epitaxy.train.prepare import Prepared, prepare
 from epitaxy.train.probe import Measured, probe
 from epitaxy.train.recipe import Recipe
 from epitaxy.train.run import method_title
+from epitaxy.train.session import check_metric
+from epitaxy.train.tracking import check_trackers
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,12 @@ class Plan:
 
 
 def plan(recipe: Recipe, measure: bool = True) -> Plan:
-    """Work out the cost of ``recipe``; ``measure=False`` leaves out what has to be measured."""
+    """Work out the cost of ``recipe``; ``measure=False`` leaves out what has to be measured.
+
+    Raises ``EpitaxyError`` for whatever would stop the run before its first step.
+    """
+    check_trackers(recipe.train.trackers)
+    check_metric(recipe.train.metric, Classification.metrics)
     ready = prepare(recipe)
     model, adapter, splits = ready.opened.model, ready.adapter, ready.splits
     explanation = explain(model)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epitaxy.train.accelerating import check_precision
 from epitaxy.train.config import TrainConfig
 from epitaxy.train.prepare import Prepared
 
@@ -35,6 +36,7 @@ def probe(ready: Prepared, config: TrainConfig) -> Measured:
     """Measure on the device that training would use; learning rate zero, so the weights stay what they are."""
     model, data = ready.opened.model, ready.splits.train
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_precision(config.precision, device.type)
     model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
     times, activations = [], 0

@@ -70,10 +70,12 @@ class Progress:
 def describe(record: Mapping[str, Any]) -> str:
     """The numbers of a log line that a person follows."""
     parts = [f"loss {record['loss']:.4f}"] if isinstance(record.get("loss"), float) else []
-    for key, value in record.items():
-        if key.startswith("validation_") and isinstance(value, float):
-            parts.append(f"{key.removeprefix('validation_')} {value:.4f}")
-    return "  ".join(parts)
+    scores = [
+        f"{key.removeprefix('validation_')} {value:.4f}"
+        for key, value in record.items()
+        if key.startswith("validation_") and isinstance(value, float)
+    ]
+    return "  ".join([*parts, *([f"validation: {', '.join(scores)}"] if scores else [])])
 
 
 class _Rate(ProgressColumn):

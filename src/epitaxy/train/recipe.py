@@ -93,6 +93,18 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+_HINTS = {
+    section: typing.get_type_hints(kind)
+    for section, kind in {"": Recipe, "base": Base, "data": DataSpec, "train": TrainConfig}.items()
+}
+_SAID = {  # where pydantic speaks of its own types
+    "dataclass_type": "expected keys and their values",
+    "model_type": "expected keys and their values",
+    "tuple_type": "expected a list",
+    "path_type": "expected a path",
+}
+
+
 def from_dict(values: Mapping[str, Any], origin: str) -> Recipe:
     """A recipe from plain data; ``origin`` is what messages call it."""
     return validate(normalise(values, origin), origin, {})
@@ -151,12 +163,31 @@ def validate(values: Mapping[str, Any], file: str, origins: Mapping[tuple[str, .
         if key not in values:
             raise RecipeError(f"{file}: the key {key!r} is missing")
     resolved = {**values, "method": _resolved(values["method"], origins.get(("method",), file))}
-    try:
-        return Recipe.model_validate(resolved)
-    except ValidationError as error:
-        path, complaint = _complaint(error.errors()[0], values)
+    found = _odd_value(resolved)
+    if found is None:
+        try:
+            recipe = Recipe.model_validate(resolved)
+            return recipe.model_copy(update={"out": recipe.out.expanduser()})
+        except ValidationError as error:
+            found = _complaint(error.errors()[0], values)
+    path, complaint = found
     origin = next((origins[path[:end]] for end in range(len(path), 0, -1) if path[:end] in origins), file)
     raise RecipeError(f"{origin}: {complaint}")
+
+
+def _odd_value(values: Mapping[str, Any]) -> tuple[tuple[str, ...], str] | None:
+    """The first value that pydantic would let pass: true and false as numbers, a source that is empty."""
+    for section, hints in _HINTS.items():
+        held = values.get(section, {}) if section else values
+        if not isinstance(held, Mapping):
+            continue
+        for key, value in held.items():
+            path = (section, key) if section else (key,)
+            if isinstance(value, bool) and hints[key] is not bool:
+                return path, f"{'.'.join(path)}: expected a number or a name, found {str(value).lower()}"
+            if key == "source" and isinstance(value, str) and not value.strip():
+                return path, f"{'.'.join(path)}: it is empty"
+    return None
 
 
 def _complaint(error: Any, values: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
@@ -206,7 +237,7 @@ def _within(path: tuple[str, ...], values: Mapping[str, Any]) -> tuple[str, ...]
 
 
 def _expected(error: Any) -> str:
-    message = str(error["msg"])
+    message = _SAID.get(error["type"], str(error["msg"]))
     return f"{message[:1].lower()}{message[1:]}, found {error['input']!r}"
 
 

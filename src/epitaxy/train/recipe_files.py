@@ -15,7 +15,7 @@ from typing import Any
 from epitaxy.core.errors import EpitaxyError, nearest
 from epitaxy.core.registry import lookup
 from epitaxy.train.recipe import FULL, KEYS, Recipe, RecipeError, normalise, validate
-from epitaxy.train.strict_yaml import parse
+from epitaxy.train.strict_yaml import parse, read
 
 SHIPPED = "shipped:"
 Origins = dict[tuple[str, ...], str]
@@ -81,10 +81,7 @@ def _layers(file: Path, chain: tuple[Path, ...]) -> list[tuple[str, dict[str, An
     if here in chain:
         circle = " -> ".join(path.name for path in (*chain[chain.index(here) :], here))
         raise RecipeError(f"{file}: recipes extend each other in a circle: {circle}")
-    try:
-        values = parse(file.read_text(encoding="utf-8"), str(file))
-    except UnicodeDecodeError:
-        raise RecipeError(f"{file}: not a text file in UTF-8") from None
+    values = read(file)
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
         raise RecipeError(f"{file}: expected a mapping of keys such as base, method and data, found {found}")

@@ -16,9 +16,8 @@ from epitaxy.core.errors import StateError
 from epitaxy.core.fingerprint import fingerprint
 from epitaxy.train import random_state
 from epitaxy.train.checkpoint import Checkpoint
+from epitaxy.train.config import FREE
 from epitaxy.train.session import Session, Standing
-
-FREE = ("workers", "trackers", "checkpoint_every")  # may change between a run and its resumption
 
 
 def identity(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from epitaxy.core.errors import EpitaxyError
 from epitaxy.core.files import TENSORS, save
 from epitaxy.core.registry import methods_in
 from epitaxy.data.splits import Splits
@@ -21,7 +23,17 @@ from epitaxy.train.environment import describe_environment
 from epitaxy.train.loop import train
 from epitaxy.train.prepare import Prepared, prepare
 from epitaxy.train.recipe import Recipe
-from epitaxy.train.run_directory import ADAPTER, MODEL, RESULT, SAMPLES, claim, read_json, require_claimable, write_json
+from epitaxy.train.run_directory import (
+    ADAPTER,
+    MODEL,
+    RESULT,
+    SAMPLES,
+    claim,
+    held,
+    read_json,
+    require_claimable,
+    write_json,
+)
 from epitaxy.train.saving import save_model, weight_bytes
 
 
@@ -36,7 +48,7 @@ def run(recipe: Recipe, splits: Splits | None = None, progress: bool = True) -> 
     """Carry out ``recipe``, or go on where an earlier call stopped; returns what ``result.json`` holds.
 
     A finished run is not repeated.  ``splits`` may hand over data already read.  All processes of a distributed run
-    call this.  Raises ``RecipeError`` when the run directory belongs to another recipe.
+    call this.  Raises ``RecipeError`` when the run directory belongs to another recipe or is in use.
     """
     from accelerate import PartialState
 
@@ -47,15 +59,17 @@ def run(recipe: Recipe, splits: Splits | None = None, progress: bool = True) -> 
         began = time.perf_counter()
         ready = prepare(recipe, splits)
         processes.wait_for_everyone()
-        if leads():
-            claim(recipe)
-            write_json(out / run_directory.ENVIRONMENT, describe_environment())
-        trained = _train(recipe, ready, out, progress)
-        if leads():
-            _finish(recipe, ready, trained, out, began)
-        processes.wait_for_everyone()
+        with held(out) if leads() else nullcontext():
+            if leads():
+                claim(recipe)
+                write_json(out / run_directory.ENVIRONMENT, describe_environment())
+            trained = _train(recipe, ready, out, progress)
+            if leads():
+                _finish(recipe, ready, trained, out, began)
+            processes.wait_for_everyone()
     result = read_json(out / RESULT)
-    assert isinstance(result, dict)
+    if not isinstance(result, dict) or "test" not in result:
+        raise EpitaxyError(f"{out / RESULT}: not the result of a run; remove it, and the run is finished anew")
     return result
 
 

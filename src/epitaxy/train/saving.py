@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from epitaxy.core.errors import EpitaxyError
+from epitaxy.core.files import writing
 
 
 def require_free(target: Path) -> None:
@@ -29,21 +30,22 @@ def save_model(model: nn.Module, processor: Any, target: Path) -> None:
     The directory appears complete or not at all.  Raises ``EpitaxyError`` when it exists already.
     """
     require_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        weights = {name: tensor for name, tensor in model.state_dict().items() if "epitaxy" not in name.split(".")}
-        with _without_bars():
-            model.save_pretrained(draft, state_dict=weights)  # type: ignore[operator]
-        if processor is not None:
-            processor.save_pretrained(draft)
-        os.chmod(draft, 0o755)
-        if target.is_dir():
-            target.rmdir()
-        os.replace(draft, target)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "epitaxy" not in name.split(".")}
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            with _without_bars():
+                model.save_pretrained(draft, state_dict=weights)  # type: ignore[operator]
+            if processor is not None:
+                processor.save_pretrained(draft)
+            os.chmod(draft, 0o755)
+            if target.is_dir():
+                target.rmdir()
+            os.replace(draft, target)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
 
 
 @contextmanager

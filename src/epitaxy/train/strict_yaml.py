@@ -1,15 +1,16 @@
-"""YAML as people expect it: ``3e-4`` is a number, ``no`` is a word, and a key given twice is an error."""
+"""YAML as people expect it: ``3e-4`` is a number, ``no`` and dates are words, a key given twice is an error."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from epitaxy.core.errors import EpitaxyError
 
-_BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float"))
+_BOOL, _INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
 
 
 class _Loader(yaml.SafeLoader):
@@ -17,7 +18,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _INT, _FLOAT)]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _INT, _FLOAT, _TIME)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 # Resolvers are asked in this order: what is no whole number may still be a floating-point one.
@@ -35,6 +36,8 @@ _Loader.add_implicit_resolver(
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key.start_mark)
         if key.value in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
         seen.add(key.value)
@@ -50,6 +53,15 @@ def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_constructor(_INT, _whole)
+
+
+def read(file: Path) -> Any:
+    """The value of a YAML file; raises ``EpitaxyError`` naming the file and the line of a mistake."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise EpitaxyError(f"{file}: not a text file in UTF-8") from None
+    return parse(text, str(file))
 
 
 def parse(text: str, source: str) -> Any:

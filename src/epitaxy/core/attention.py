@@ -63,11 +63,7 @@ def use(model: nn.Module) -> str:
 def _attend(
     base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> Any:
-    slot = module._modules.get("epitaxy")
-    if isinstance(slot, Slot):
-        mask = _hide_padding(slot, module, query, key, mask, kwargs)
-        for group in slot.whole(JointKV):
-            key, value, mask = _add_keys(group, slot.state.route, module, query, key, value, mask, kwargs)
+    key, value, mask = with_extra_keys(module, query, key, value, mask, kwargs)
     if base == "sdpa":
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -76,6 +72,18 @@ def _attend(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     return own(module, query, key, value, mask, **kwargs)
+
+
+def with_extra_keys(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, Any]:
+    """Keys, values and mask of a layer with what the adapters switched on in it add; ``b heads t d`` each."""
+    slot = module._modules.get("epitaxy")
+    if isinstance(slot, Slot):
+        mask = _hide_padding(slot, module, query, key, mask, kwargs)
+        for group in slot.whole(JointKV):
+            key, value, mask = _add_keys(group, slot.state.route, module, query, key, value, mask, kwargs)
+    return key, value, mask
 
 
 def _hide_padding(slot: Slot, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:

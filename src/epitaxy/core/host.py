@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epitaxy.core import attention
+from epitaxy.core import attention, fused
 from epitaxy.core.adapter import Adapter, Piece, build
-from epitaxy.core.anatomy import Anatomy, Layout, describe
+from epitaxy.core.anatomy import Anatomy, Layout, base_modules, describe
 from epitaxy.core.edits import Edit
 from epitaxy.core.edits.tokens import KeyMask, Tokens
 from epitaxy.core.errors import StateError, UnsupportedError, nearest
@@ -39,6 +39,7 @@ class Hosted:
         self.anatomy: Anatomy = describe(model, layout)
         self.asked_gradient = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.stash: dict[str, dict[str, Tensor]] = {}
+        self.counting: list[str] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -99,6 +100,8 @@ def attach(model: nn.Module, method: Any, name: str = "default", layout: Layout 
     adapter = Adapter(name, method, pieces)
     if fresh:
         model.__dict__[RECORD] = record
+        fused.open_up(model)
+        record.counting = _stop_counting(model)
         for parameter_name, parameter in model.named_parameters():
             if parameter_name in record.asked_gradient:
                 parameter.requires_grad_(False)
@@ -129,6 +132,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         return
     if record.state.interface is not None:
         model.set_attn_implementation(record.state.interface)  # type: ignore[operator]
+    fused.close_again(model)
+    for path in record.counting:
+        model.get_submodule(path).track_running_stats = True  # type: ignore[assignment]
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(record.asked_gradient.get(parameter_name, parameter.requires_grad))
     del model.__dict__[RECORD]
@@ -185,6 +191,21 @@ def route(model: nn.Module, rows: Sequence[str | None], expand: str = "interleav
         yield
     finally:
         record.state.route = None
+
+
+def _stop_counting(model: nn.Module) -> list[str]:
+    """Keep training from writing into the running statistics of the base's norms; returns the paths of these norms.
+
+    A norm that does not track them computes the same in both modes: batch statistics in training, running ones else.
+    """
+    norms = [
+        (path, module)
+        for path, module in base_modules(model).items()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    for _, module in norms:
+        module.track_running_stats = False
+    return [path for path, _ in norms]
 
 
 def _check_name(name: str, record: Hosted | None) -> None:

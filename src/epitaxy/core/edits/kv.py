@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from epitaxy.core.anatomy import uses_interface
 from epitaxy.core.edits.edit import Arguments, Edit, cast, output_tensor, with_output
 from epitaxy.core.edits.tap import Memo, Tap
 from epitaxy.core.errors import SiteError, UnsupportedError
@@ -50,7 +51,12 @@ class JointKV(Edit):
         if "core" not in site.part_paths:
             raise SiteError(f"{site.path!r} is not an attention layer: keys and values have no place there")
         yield site.part_paths["core"], self
-        if not hasattr(site.parts["core"], "config"):  # not transformers: no attention interface
+        if not uses_interface(site.parts["core"]):
+            if type(site.parts["core"]).__module__.startswith("transformers."):
+                raise UnsupportedError(
+                    f"the attention layer {site.path!r} of {site.anatomy.family} computes its softmax itself, beside "
+                    "the attention interface of transformers, and takes no extra keys; use a gated prefix"
+                )
             if not {"k", "v"} <= set(site.part_paths):
                 raise SiteError(f"the attention layer {site.path!r} has no separate key and value projections")
             self.needs_attention_interface = False

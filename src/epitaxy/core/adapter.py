@@ -109,7 +109,8 @@ def build(method: Any, sites_of: Any) -> list[Piece]:
             except SiteError as error:
                 if repr(site.path) in str(error):
                     raise
-                raise SiteError(f"{site.path or 'the model itself'!r}: {error}") from None
+                where = repr(site.path) if site.path else "the model itself"
+                raise SiteError(f"{where}: {error}") from None
         if callable(getattr(part, "generator", None)):
             pieces.append(Piece("", f"{name}_generator", part.generator(sites), f"{name}.generator", name))
         if len(pieces) == before:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from epitaxy.core.anatomy import Anatomy, Layout, base_modules, describe
 from epitaxy.core.edits import Edit
 from epitaxy.core.edits.tokens import KeyMask, Tokens
 from epitaxy.core.errors import StateError, UnsupportedError, nearest
+from epitaxy.core.registry import check_fields
 from epitaxy.core.route import Route
 from epitaxy.core.sites import select
 from epitaxy.core.slot import Slot, State, input_hook, output_hook
@@ -54,8 +55,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
-        else:
+        elif isinstance(model, nn.Module):
             return model
+        else:
+            parts = [
+                name for name in ("unet", "transformer", "model") if isinstance(getattr(model, name, None), nn.Module)
+            ]
+            hint = f"; pass its part .{parts[0]}" if parts else ""
+            raise StateError(f"expected a model (a torch.nn.Module), found {type(model).__name__}{hint}")
 
 
 def hosted(model: nn.Module) -> Hosted | None:
@@ -68,9 +75,16 @@ def require(model: nn.Module, name: str | None = None) -> Hosted:
     record = hosted(model)
     if record is None:
         raise StateError("no adapter is attached to this model")
-    if name is not None and name not in record.adapters:
-        raise StateError(f"no adapter is called {name!r}{nearest(name, record.adapters)}")
+    if name is not None:
+        _require_known(record, name)
     return record
+
+
+def _require_known(record: Hosted, name: Any) -> None:
+    if not isinstance(name, str):
+        raise StateError(f"adapters are named by strings, got {name!r}")
+    if name not in record.adapters:
+        raise StateError(f"no adapter is called {name!r}{nearest(name, record.adapters)}")
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -95,6 +109,7 @@ def attach(model: nn.Module, method: Any, name: str = "default", layout: Layout 
     elif layout is not None and layout != record.layout:
         raise StateError("this model already carries adapters placed with another layout; detach them first")
     anatomy = record.anatomy
+    check_fields(method)
     pieces = build(method, lambda part: select(model, anatomy, part.at, part.layers))
     _place(model, record, name, pieces)
     adapter = Adapter(name, method, pieces)
@@ -146,12 +161,12 @@ def activate(model: nn.Module, name: str | Sequence[str] | None) -> None:
     Takes the same time however many adapters are attached; never changes what is trainable.
     """
     model = unwrap(model)
-    names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
+    names = () if name is None else tuple(name) if isinstance(name, Iterable) and not isinstance(name, str) else (name,)
     if not names and hosted(model) is None:
         return
     record = require(model)
     for wanted in names:
-        require(model, wanted)
+        _require_known(record, wanted)
         if wanted in record.state.merged:
             raise StateError(f"adapter {wanted!r} is merged into the base already; unmerge it to switch it on")
     if len(set(names)) < len(names):
@@ -174,9 +189,11 @@ def route(model: nn.Module, rows: Sequence[str | None], expand: str = "interleav
     record = require(model)
     if record.state.route is not None:
         raise StateError("route() blocks cannot be nested")
+    if isinstance(rows, str):
+        raise StateError(f"route() takes one name or None per row of the batch, got the single name {rows!r}")
     plan = Route(rows, expand)
     for wanted in plan.names:
-        require(model, wanted)
+        _require_known(record, wanted)
         if wanted in record.state.merged:
             raise StateError(f"adapter {wanted!r} is merged into the base; unmerge it before routing")
     _refuse_crossing_prompts(record, plan.names)

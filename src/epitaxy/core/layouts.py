@@ -6,9 +6,12 @@ keys and values are one matrix, all three names mean that matrix.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from epitaxy.core.errors import SiteError
 
 _PLAIN_FIELDS = ("causal", "heads", "pattern", "token_obstacle")
 
@@ -43,6 +46,11 @@ class Layout:
     def __post_init__(self) -> None:
         parts = {role: part if isinstance(part, Part) else Part(part) for role, part in self.roles.items()}
         object.__setattr__(self, "parts", parts)
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            message = f"the pattern {self.pattern!r} of layout {self.name!r} is no regular expression ({error})"
+            raise SiteError(message) from None
 
     def required(self) -> set[str]:
         """Relative paths a module must have to be a block of this layout."""

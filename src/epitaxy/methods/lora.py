@@ -31,6 +31,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise EpitaxyError(f"rank must be at least 1, got {self.rank}")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise EpitaxyError(f"alpha must be a finite number, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise EpitaxyError(f"dropout must be from 0 to below 1, got {self.dropout}")
 

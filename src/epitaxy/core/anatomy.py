@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from epitaxy.core.errors import SiteError, nearest
 from epitaxy.core.layouts import BLOCK_LAYOUTS, HEAD_PATHS, OUTER_ROLES, Layout, Part
 
+INTERFACE_PREFIX = "epitaxy_"  # of the names of our attention implementations
 TYPE_ROLES = ("norm", "bias", "linear", "conv")
 NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 

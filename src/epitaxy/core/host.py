@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from epitaxy.core import attention, fused
 from epitaxy.core.adapter import Adapter, Piece, build
-from epitaxy.core.anatomy import Anatomy, Layout, base_modules, describe
+from epitaxy.core.anatomy import INTERFACE_PREFIX, Anatomy, Layout, base_modules, describe
 from epitaxy.core.edits import Edit
 from epitaxy.core.edits.tokens import KeyMask, Tokens
 from epitaxy.core.errors import StateError, UnsupportedError, nearest
@@ -261,7 +261,8 @@ def _refuse_crossing_prompts(record: Hosted, names: Sequence[str]) -> None:
 
 
 def _use_interface(model: nn.Module, record: Hosted) -> None:
-    if record.state.interface is None:
+    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if record.state.interface is None or not str(current).startswith(INTERFACE_PREFIX):  # or the user changed it since
         if not hasattr(model, "set_attn_implementation"):
             raise UnsupportedError(
                 f"{type(model).__name__} does not use the attention interface of transformers, which this method needs"

@@ -307,7 +307,9 @@ def test_a_change_that_peft_would_never_run_is_refused(tmp_path: Path) -> None:
     )
     model = transformers.WavLMModel(config).eval()
     epitaxy.attach(model, LoRA(rank=2), name="a")
-    with pytest.raises(UnsupportedError, match=r"attention\.[qv]_proj' has no equal there, because its attention layer"):
+    with pytest.raises(
+        UnsupportedError, match=r"attention\.[qv]_proj' has no equal there, because its attention layer"
+    ):
         epitaxy.save(model, tmp_path / "a", name="a", format="peft")
     epitaxy.attach(model, LoRA(at="mlp.*", rank=2), name="b")
     epitaxy.save(model, tmp_path / "b", name="b", format="peft")

@@ -97,6 +97,17 @@ def _joined(module: str, names: str) -> dict[str, str | Part]:
     return {"attention": module, **_projections(module, names)}
 
 
+_BERT_PARTS: dict[str, str | Part] = {
+    "attention.core": "attention.self",
+    "attention.q": "attention.self.query",
+    "attention.k": "attention.self.key",
+    "attention.v": "attention.self.value",
+    "attention.output": "attention.output.dense",
+    "mlp": Part("output.dense", entry="intermediate"),
+    "mlp.up": "intermediate.dense",
+    "mlp.down": "output.dense",
+}
+
 BLOCK_LAYOUTS: tuple[Layout, ...] = (
     _layout(  # ViT, AST, DeiT, Swin
         "vision transformer",
@@ -163,14 +174,7 @@ BLOCK_LAYOUTS: tuple[Layout, ...] = (
         "bert",
         {
             "attention": Part("attention.output.dense", entry="attention"),
-            "attention.core": "attention.self",
-            "attention.q": "attention.self.query",
-            "attention.k": "attention.self.key",
-            "attention.v": "attention.self.value",
-            "attention.output": "attention.output.dense",
-            "mlp": Part("output.dense", entry="intermediate"),
-            "mlp.up": "intermediate.dense",
-            "mlp.down": "output.dense",
+            **_BERT_PARTS,
             "norm.attention": "attention.output.LayerNorm",
             "norm.mlp": "output.LayerNorm",
         },
@@ -179,14 +183,7 @@ BLOCK_LAYOUTS: tuple[Layout, ...] = (
         "swin in the parts of bert",
         {
             "attention": "attention",
-            "attention.core": "attention.self",
-            "attention.q": "attention.self.query",
-            "attention.k": "attention.self.key",
-            "attention.v": "attention.self.value",
-            "attention.output": "attention.output.dense",
-            "mlp": Part("output.dense", entry="intermediate"),
-            "mlp.up": "intermediate.dense",
-            "mlp.down": "output.dense",
+            **_BERT_PARTS,
             "norm.attention": "layernorm_before",
             "norm.mlp": "layernorm_after",
         },

@@ -122,6 +122,19 @@ def test_values_that_are_no_numbers(saved: Path, value: float) -> None:
     refused(saved, "NaN or infinite")
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (torch.ones(32, dtype=torch.int8), r"of type torch\.int8, this model needs torch\.float32"),
+        (torch.ones(32, dtype=torch.complex64), r"torch\.complex64"),
+        (torch.full((32,), 1e300, dtype=torch.float64), "NaN or infinite"),  # once it is a float32
+    ],
+)
+def test_values_of_another_kind(saved: Path, value: Tensor, says: str) -> None:
+    rewrite(saved, {"bitfit.attention.q.0.bias": value})
+    refused(saved, says)
+
+
 def test_another_base(saved: Path) -> None:
     refused(saved, "of other sizes", vit(width=64))
     config = transformers.BertConfig(
@@ -185,6 +198,12 @@ def test_a_config_of_another_time(saved: Path) -> None:
     assert "'rank'" in refused(saved, "no field 'rnak'")
     reconfigure(saved, methods=[{"method": "lora", "at": "attention.x"}])
     refused(saved, "attention.x")
+    reconfigure(saved, methods=[{"method": "lora", "alpha": float("nan")}])
+    refused(saved, "alpha must be a finite number")
+    reconfigure(saved, layout={**epitaxy.Layout("x", {"mlp": "mlp"}).to_dict(), "pattern": "("})
+    assert refused(saved, "layout that cannot be read").count(str(saved)) == 1
+    reconfigure(saved, layout=None, schema=-1)
+    refused(saved, "no readable config")
 
 
 def test_a_failed_load_keeps_the_adapters_that_are_there(saved: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,42 @@ def test_states_that_contradict() -> None:
     record = hosted(model)
     assert record is not None
     assert record.state.route is None
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda model: epitaxy.activate(model, 3), "named by strings, got 3"),
+        (lambda model: epitaxy.activate(model, ["first", None]), "named by strings, got None"),
+        (lambda model: epitaxy.detach(model, ["first"]), "named by strings, got"),
+        (lambda model: epitaxy.route(model, ["first", 3]).__enter__(), "named by strings, got 3"),
+        (lambda model: epitaxy.route(model, "first").__enter__(), "got the single name 'first'"),
+        (lambda model: epitaxy.merge(model, "first", probe=3), "probe must be a mapping"),
+        (lambda model: epitaxy.attach(model, epitaxy.LoRA(rank=2.5), name="b"), "lora.rank: expected .* integer"),
+        (lambda model: epitaxy.attach(model, epitaxy.LoRA(at=None), name="b"), "lora.at: expected .* found None"),
+        (lambda model: epitaxy.attach(model, epitaxy.LoRA(layers=3), name="b"), "lora.layers: expected .* found 3"),
+        (lambda model: epitaxy.attach(model, epitaxy.Prompt(tokens=2.5), name="b"), "prompt.tokens: expected"),
+        (lambda model: epitaxy.attach("a model", epitaxy.LoRA()), "expected a model .* found str"),
+    ],
+)
+def test_arguments_of_another_kind(call: Callable[[nn.Module], object], says: str) -> None:
+    model = vit()
+    epitaxy.attach(model, epitaxy.LoRA(at=["attention.q"]), name="first")  # a list is as good as a tuple
+    keys = list(model.state_dict())
+    with pytest.raises(EpitaxyError, match=says):
+        call(model)
+    record = hosted(model)
+    assert record is not None
+    assert (record.state.active, record.state.route) == (("first",), None)
+    assert list(model.state_dict()) == keys
+
+
+def test_a_pipeline_is_no_model() -> None:
+    class Pipeline:
+        unet = nn.Linear(2, 2)
+
+    with pytest.raises(StateError, match=r"found Pipeline; pass its part \.unet"):
+        epitaxy.attach(Pipeline(), epitaxy.LoRA())  # type: ignore[arg-type]
 
 
 def test_trainability_is_a_function_of_state() -> None:

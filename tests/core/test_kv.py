@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import epitaxy
 from epitaxy.core.edits import DecoupledKV, Edit, JointKV
 from epitaxy.core.edits.kv import projection_width
-from epitaxy.core.errors import SiteError, UnsupportedError
+from epitaxy.core.errors import SiteError, StateError, UnsupportedError
 from epitaxy.core.host import hosted
 from epitaxy.core.sites import Site
 
@@ -119,6 +119,19 @@ def test_an_attention_implementation_without_masks_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="'sdpa' or 'eager', the model uses 'flash_attention_2'"):
         epitaxy.attach(model, epitaxy.Prefix(tokens=3), name="a")
     assert hosted(model) is None
+
+
+def test_an_attention_implementation_set_later_does_not_drop_the_prefix() -> None:
+    model, x = vit(), torch.randn(2, 3, 16, 16)
+    randomise(epitaxy.attach(model, epitaxy.Prefix(tokens=3), name="a"))
+    expected = model(pixel_values=x).last_hidden_state
+    model.set_attn_implementation("eager")
+    with pytest.raises(StateError, match="set to 'eager' after a prefix was switched on"):
+        model(pixel_values=x)
+    epitaxy.activate(model, "a")
+    torch.testing.assert_close(model(pixel_values=x).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+    epitaxy.detach(model)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_a_prefix_needs_an_attention_layer() -> None:

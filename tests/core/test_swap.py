@@ -133,13 +133,38 @@ def test_several_changes_of_one_norm_add_up_and_merge() -> None:
     torch.testing.assert_close(model.layer.bias, written.layer.bias)
 
 
-def test_batch_statistics_are_counted_once() -> None:
-    model, written, _ = trained(lambda: nn.BatchNorm1d(6), epitaxy.NormTuning(at="layer"))
-    x = torch.randn(8, 6)
+def test_training_leaves_the_running_statistics_of_the_base_alone() -> None:
+    """They are part of the base; it counts again after the last adapter is gone."""
+    model = nn.Sequential(nn.Conv1d(2, 6, 3), nn.BatchNorm1d(6), nn.BatchNorm1d(6, track_running_stats=False))
+    norm, x = model[1], torch.randn(4, 2, 9)
+    bare = copy.deepcopy(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    epitaxy.attach(model, epitaxy.NormTuning() + epitaxy.LoRA(at="conv", rank=1), name="a")
+    assert torch.equal(model(x), bare(x))
+    assert torch.equal(model.eval()(x), bare.eval()(x)) is False  # the copy has counted the batch
+    after = {key: value for key, value in model.state_dict().items() if key in before}
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+    epitaxy.detach(model)
     model.train()(x)
-    written.train()(x)
-    assert torch.equal(model.layer.running_mean, written.layer.running_mean)
-    assert int(model.layer.num_batches_tracked) == 1
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert norm.num_batches_tracked == 1
+    assert model[2].track_running_stats is False
+
+
+def test_rows_of_a_batch_norm_in_training_are_routed_with_the_whole_batch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Conv1d(3, 4, 3)).train()
+    adapters = {name: epitaxy.attach(model, epitaxy.NormTuning(), name=name) for name in ("a", "b")}
+    for adapter in adapters.values():
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter)
+    x, rows = torch.randn(4, 3, 9), ["a", None, "b", "a"]
+    alone = []
+    for row, name in enumerate(rows):
+        epitaxy.activate(model, name)
+        alone.append(model(x)[row])
+    with epitaxy.route(model, rows):
+        torch.testing.assert_close(model(x), torch.stack(alone))
 
 
 def test_a_whole_gemma() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -287,3 +288,28 @@ def test_any_mix_of_parts(tmp_path_factory: pytest.TempPathFactory, parts: list[
     model = with_adapter(family, method)
     epitaxy.save(model, folder, format="peft")
     close(run(family, load_in_peft(family, folder)), run(family, model))
+
+
+def test_a_change_that_peft_would_never_run_is_refused(tmp_path: Path) -> None:
+    """WavLM reads the weights of its projections: PEFT's LoRA there computes nothing, ours does."""
+    torch.manual_seed(0)
+    config = transformers.WavLMConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=(16,),
+        conv_stride=(5,),
+        conv_kernel=(10,),
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+    )
+    model = transformers.WavLMModel(config).eval()
+    epitaxy.attach(model, LoRA(rank=2), name="a")
+    with pytest.raises(
+        UnsupportedError, match=r"attention\.[qv]_proj' has no equal there, because its attention layer"
+    ):
+        epitaxy.save(model, tmp_path / "a", name="a", format="peft")
+    epitaxy.attach(model, LoRA(at="mlp.*", rank=2), name="b")
+    epitaxy.save(model, tmp_path / "b", name="b", format="peft")

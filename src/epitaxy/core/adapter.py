@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from epitaxy.core.edits import Edit
+from epitaxy.core.errors import SiteError
 from epitaxy.core.registry import methods_in, to_config
 from epitaxy.core.sites import Site
 
@@ -102,13 +103,17 @@ def build(method: Any, sites_of: Any) -> list[Piece]:
         sites: list[Site] = sites_of(part)
         before = len(pieces)
         for site in sites:
-            for position, edit in enumerate(part.edits(site)):
-                pieces.extend(_pieces_of(edit, site, name, position))
+            try:
+                for position, edit in enumerate(part.edits(site)):
+                    pieces.extend(_pieces_of(edit, site, name, position))
+            except SiteError as error:
+                if repr(site.path) in str(error):
+                    raise
+                where = repr(site.path) if site.path else "the model itself"
+                raise SiteError(f"{where}: {error}") from None
         if callable(getattr(part, "generator", None)):
             pieces.append(Piece("", f"{name}_generator", part.generator(sites), f"{name}.generator", name))
         if len(pieces) == before:
-            from epitaxy.core.errors import SiteError
-
             raise SiteError(f"method {part.method_name!r} placed nothing at {part.at!r}")
     return pieces
 

@@ -7,6 +7,7 @@ writing a ``Layout`` of their own and passing it to ``attach``.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from epitaxy.core.errors import SiteError, nearest
 from epitaxy.core.layouts import BLOCK_LAYOUTS, HEAD_PATHS, OUTER_ROLES, Layout, Part
 
+INTERFACE_PREFIX = "epitaxy_"  # of the names of our attention implementations
 TYPE_ROLES = ("norm", "bias", "linear", "conv")
 NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -38,13 +40,18 @@ class Spot:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The roles of one model: role name -> its spots in the order of the network."""
+    """The roles of one model: role name -> its spots in the order of the network.
+
+    ``trunk`` is the inner decoder of a ``causal`` language model; ``token_obstacle`` says why the model takes no
+    extra tokens; ``masked`` tells whether all its attention layers take masks of ours.
+    """
 
     family: str
     roles: Mapping[str, tuple[Spot, ...]]
     causal: bool = False
     trunk: str | None = None
     token_obstacle: str | None = None
+    masked: bool = True
     keys: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,13 +88,17 @@ def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
         raise SiteError(f"no module of {type(model).__name__} has the parts {missing} of the layout {layout.name!r}")
     _add_outer(roles, modules, model)
     _add_by_type(roles, modules)
-    trunk = _trunk(model, blocks, modules)
-    causal = trunk is not None and any(known.causal for _, known in blocks)
+    stacks = _stacks(blocks)
+    decodes = any(known.causal for _, known in blocks) or (len(stacks) == 1 and _looks_back(modules, *blocks[0]))
+    trunk = _trunk(model, blocks[0][0], modules) if decodes else None
     obstacle = next((known.token_obstacle for _, known in blocks if known.token_obstacle), None)
     if not blocks:
         obstacle = "it has no transformer blocks that were recognised"
-    obstacle = obstacle or _grid_obstacle(modules, blocks) or _stack_obstacle(blocks)
-    return Anatomy(_family(model), {role: tuple(spots) for role, spots in roles.items()}, causal, trunk, obstacle)
+    obstacle = obstacle or _grid_obstacle(modules, blocks) or _stack_obstacle(stacks)
+    cores = [modules[spot.parts["core"]] for spot in roles.get("attention", ()) if "core" in spot.parts]
+    masked = all(uses_interface(core) for core in cores)
+    found = {role: tuple(spots) for role, spots in roles.items()}
+    return Anatomy(_family(model), found, trunk is not None, trunk, obstacle, masked)
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -148,7 +159,7 @@ def _heads(modules: dict[str, nn.Module], block: str, layout: Layout) -> int | N
         if part not in layout.parts:
             continue
         module = modules.get(f"{block}.{layout.parts[part].exit}")
-        for name in ("num_heads", "num_attention_heads", "heads"):
+        for name in ("num_heads", "num_attention_heads", "n_heads", "heads"):
             if isinstance(getattr(module, name, None), int):
                 return int(getattr(module, name))
         config = getattr(module, "config", None)
@@ -181,6 +192,8 @@ def _add_by_type(roles: dict[str, list[Spot]], modules: dict[str, nn.Module]) ->
     layers = {spot.path: spot.layer for spots in roles.values() for spot in spots}
     heads = {spot.path for spot in roles.get("head", ())}
     for path, module in modules.items():
+        if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
+            continue  # torch reads the weights of its output projection and never calls it
         layer = layers.get(path, _layer_of(path, roles))
         spot = Spot(path, layer)
         if is_norm(module):
@@ -236,14 +249,30 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None
 
 
-def _trunk(model: nn.Module, blocks: list[tuple[str, Layout]], modules: dict[str, nn.Module]) -> str | None:
-    """Path of the inner decoder that takes ``input_ids`` and returns hidden states, for causal language models."""
-    if not any(known.causal for _, known in blocks):
-        return None
+def uses_interface(attention: nn.Module) -> bool:
+    """Whether an attention layer gets its softmax from transformers' attention interface, and so takes extra keys."""
+    names = getattr(inspect.unwrap(type(attention).forward), "__code__", None)
+    return (names is not None and "ALL_ATTENTION_FUNCTIONS" in names.co_names) or is_fused(attention)
+
+
+def is_fused(attention: nn.Module) -> bool:
+    """Whether an attention layer hands the weights of its projections to torch instead of calling them (WavLM)."""
+    return hasattr(type(attention), "torch_multi_head_self_attention")
+
+
+def _looks_back(modules: dict[str, nn.Module], block: str, layout: Layout) -> bool:
+    """Whether a block's attention is causal in a layout that encoders share (OPT has BART's)."""
+    core = layout.parts.get("attention.core", layout.parts.get("attention"))
+    return core is not None and getattr(modules[f"{block}.{core.exit}"], "is_causal", False) is True
+
+
+def _trunk(model: nn.Module, block: str, modules: dict[str, nn.Module]) -> str | None:
+    """Path of the innermost decoder that takes ``input_ids`` and returns hidden states; None where there is none."""
+    trunk = "" if callable(getattr(model, "get_input_embeddings", None)) else None
     for path, module in modules.items():
-        if path and callable(getattr(module, "get_input_embeddings", None)) and blocks[0][0].startswith(path + "."):
-            return path
-    return "" if callable(getattr(model, "get_input_embeddings", None)) else None
+        if path and callable(getattr(module, "get_input_embeddings", None)) and block.startswith(path + "."):
+            trunk = path
+    return trunk
 
 
 def _grid_obstacle(modules: dict[str, nn.Module], blocks: list[tuple[str, Layout]]) -> str | None:
@@ -254,8 +283,12 @@ def _grid_obstacle(modules: dict[str, nn.Module], blocks: list[tuple[str, Layout
     return None
 
 
-def _stack_obstacle(blocks: list[tuple[str, Layout]]) -> str | None:
-    stacks = list(dict.fromkeys(path.rpartition(".")[0] for path, known in blocks if known.pattern is None))
+def _stacks(blocks: list[tuple[str, Layout]]) -> list[str]:
+    """The containers of the blocks; those of a layout with a pattern may stand anywhere."""
+    return list(dict.fromkeys(path.rpartition(".")[0] for path, known in blocks if known.pattern is None))
+
+
+def _stack_obstacle(stacks: list[str]) -> str | None:
     if len(stacks) > 1:
         return f"its blocks form {len(stacks)} stacks, the first two are {stacks[0]!r} and {stacks[1]!r}"
     return None
@@ -274,9 +307,11 @@ __all__ = [
     "Spot",
     "base_modules",
     "describe",
+    "is_fused",
     "is_linear",
     "is_norm",
     "is_transposed_linear",
     "linear_sizes",
+    "uses_interface",
     "weight_of",
 ]

@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from epitaxy.core.anatomy import INTERFACE_PREFIX
 from epitaxy.core.edits import Edit
 from epitaxy.core.edits.kv import JointKV
 from epitaxy.core.edits.tokens import KeyMask
 from epitaxy.core.errors import UnsupportedError
 from epitaxy.core.route import Route
 from epitaxy.core.slot import Slot
-
-PREFIX = "epitaxy_"
 
 
 def attend_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -40,8 +39,8 @@ def register() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     for name, function in (("sdpa", attend_sdpa), ("eager", attend_eager)):
-        AttentionInterface.register(PREFIX + name, function)
-        AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+        AttentionInterface.register(INTERFACE_PREFIX + name, function)
+        AttentionMaskInterface.register(INTERFACE_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
 
 
 def use(model: nn.Module) -> str:
@@ -49,25 +48,21 @@ def use(model: nn.Module) -> str:
     register()
     config: Any = model.config
     current = str(config._attn_implementation)
-    if current.startswith(PREFIX):
-        return current.removeprefix(PREFIX)
+    if current.startswith(INTERFACE_PREFIX):
+        return current.removeprefix(INTERFACE_PREFIX)
     if current not in ("sdpa", "eager"):
         raise UnsupportedError(
             f"this method needs the attention implementation 'sdpa' or 'eager', the model uses {current!r}; "
             "call model.set_attn_implementation('sdpa') first"
         )
-    model.set_attn_implementation(PREFIX + current)  # type: ignore[operator]
+    model.set_attn_implementation(INTERFACE_PREFIX + current)  # type: ignore[operator]
     return current
 
 
 def _attend(
     base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> Any:
-    slot = module._modules.get("epitaxy")
-    if isinstance(slot, Slot):
-        mask = _hide_padding(slot, module, query, key, mask, kwargs)
-        for group in slot.whole(JointKV):
-            key, value, mask = _add_keys(group, slot.state.route, module, query, key, value, mask, kwargs)
+    key, value, mask = with_extra_keys(module, query, key, value, mask, kwargs)
     if base == "sdpa":
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -76,6 +71,18 @@ def _attend(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     return own(module, query, key, value, mask, **kwargs)
+
+
+def with_extra_keys(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, Any]:
+    """Keys, values and mask of a layer with what the adapters switched on in it add; ``b heads t d`` each."""
+    slot = module._modules.get("epitaxy")
+    if isinstance(slot, Slot):
+        mask = _hide_padding(slot, module, query, key, mask, kwargs)
+        for group in slot.whole(JointKV):
+            key, value, mask = _add_keys(group, slot.state.route, module, query, key, value, mask, kwargs)
+    return key, value, mask
 
 
 def _hide_padding(slot: Slot, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:

@@ -253,6 +253,8 @@ def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     try:
         config = json.loads(metadata[MARK])
         schema = int(config["schema"])
+        if schema < 1:
+            raise ValueError("schemas count from 1")
         missing = [key for key in ("name", "methods", "base") if key not in config]
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         raise FormatError(f"{path}: its header has no readable config") from None
@@ -339,6 +341,7 @@ def _read(model: nn.Module, path: Path, name: str) -> Adapter:
     _, config = _header(file)
     tensors, _ = read_tensors(file)
     warning = check_base(config["base"], fingerprint(model), str(file))
+    layout = _layout(config, file)
     try:
         method = from_config(config["methods"])
     except EpitaxyError as error:
@@ -346,11 +349,13 @@ def _read(model: nn.Module, path: Path, name: str) -> Adapter:
     record = hosted(model)
     previous = record.state.active if record is not None else ()
     try:
-        adapter = attach(model, method, name, _layout(config, file))
+        adapter = attach(model, method, name, layout)
     except EpitaxyError as error:
         raise type(error)(f"{file}: {error}") from None
     except (RuntimeError, MemoryError) as error:  # sizes that no memory holds
-        raise FormatError(f"{file}: its methods cannot be built ({str(error).splitlines()[0]})") from None
+        raise FormatError(
+            f"{file}: its methods cannot be built ({str(error).splitlines()[0].split('. ')[0]})"
+        ) from None
     try:
         fill(adapter, tensors, str(file))
     except EpitaxyError:
@@ -387,7 +392,9 @@ def fill(adapter: Adapter, tensors: Mapping[str, Tensor], source: str) -> None:
             raise FormatError(
                 f"{source}: {key!r} has shape {tuple(tensors[key].shape)}, this model needs {tuple(place.shape)}"
             )
-        if torch.is_floating_point(tensors[key]) and not bool(torch.isfinite(tensors[key]).all()):
+        if torch.is_floating_point(tensors[key]) != torch.is_floating_point(place):
+            raise FormatError(f"{source}: {key!r} is of type {tensors[key].dtype}, this model needs {place.dtype}")
+        if not bool(torch.isfinite(tensors[key].to(place.dtype)).all()):
             raise FormatError(f"{source}: {key!r} holds NaN or infinite values")
     for key, place in places.items():
         place.copy_(tensors[key])

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from epitaxy.core import attention
+from epitaxy.core import attention, fused
 from epitaxy.core.adapter import Adapter, Piece, build
-from epitaxy.core.anatomy import Anatomy, Layout, describe
+from epitaxy.core.anatomy import INTERFACE_PREFIX, Anatomy, Layout, base_modules, describe
 from epitaxy.core.edits import Edit
 from epitaxy.core.edits.tokens import KeyMask, Tokens
 from epitaxy.core.errors import StateError, UnsupportedError, nearest
+from epitaxy.core.registry import check_fields
 from epitaxy.core.route import Route
 from epitaxy.core.sites import select
 from epitaxy.core.slot import Slot, State, input_hook, output_hook
@@ -39,6 +40,7 @@ class Hosted:
         self.anatomy: Anatomy = describe(model, layout)
         self.asked_gradient = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.stash: dict[str, dict[str, Tensor]] = {}
+        self.counting: list[str] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -53,8 +55,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
-        else:
+        elif isinstance(model, nn.Module):
             return model
+        else:
+            parts = [
+                name for name in ("unet", "transformer", "model") if isinstance(getattr(model, name, None), nn.Module)
+            ]
+            hint = f"; pass its part .{parts[0]}" if parts else ""
+            raise StateError(f"expected a model (a torch.nn.Module), found {type(model).__name__}{hint}")
 
 
 def hosted(model: nn.Module) -> Hosted | None:
@@ -67,9 +75,16 @@ def require(model: nn.Module, name: str | None = None) -> Hosted:
     record = hosted(model)
     if record is None:
         raise StateError("no adapter is attached to this model")
-    if name is not None and name not in record.adapters:
-        raise StateError(f"no adapter is called {name!r}{nearest(name, record.adapters)}")
+    if name is not None:
+        _require_known(record, name)
     return record
+
+
+def _require_known(record: Hosted, name: Any) -> None:
+    if not isinstance(name, str):
+        raise StateError(f"adapters are named by strings, got {name!r}")
+    if name not in record.adapters:
+        raise StateError(f"no adapter is called {name!r}{nearest(name, record.adapters)}")
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -94,11 +109,14 @@ def attach(model: nn.Module, method: Any, name: str = "default", layout: Layout 
     elif layout is not None and layout != record.layout:
         raise StateError("this model already carries adapters placed with another layout; detach them first")
     anatomy = record.anatomy
+    check_fields(method)
     pieces = build(method, lambda part: select(model, anatomy, part.at, part.layers))
     _place(model, record, name, pieces)
     adapter = Adapter(name, method, pieces)
     if fresh:
         model.__dict__[RECORD] = record
+        fused.open_up(model)
+        record.counting = _stop_counting(model)
         for parameter_name, parameter in model.named_parameters():
             if parameter_name in record.asked_gradient:
                 parameter.requires_grad_(False)
@@ -129,6 +147,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         return
     if record.state.interface is not None:
         model.set_attn_implementation(record.state.interface)  # type: ignore[operator]
+    fused.close_again(model)
+    for path in record.counting:
+        model.get_submodule(path).track_running_stats = True  # type: ignore[assignment]
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(record.asked_gradient.get(parameter_name, parameter.requires_grad))
     del model.__dict__[RECORD]
@@ -140,12 +161,12 @@ def activate(model: nn.Module, name: str | Sequence[str] | None) -> None:
     Takes the same time however many adapters are attached; never changes what is trainable.
     """
     model = unwrap(model)
-    names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
+    names = () if name is None else tuple(name) if isinstance(name, Iterable) and not isinstance(name, str) else (name,)
     if not names and hosted(model) is None:
         return
     record = require(model)
     for wanted in names:
-        require(model, wanted)
+        _require_known(record, wanted)
         if wanted in record.state.merged:
             raise StateError(f"adapter {wanted!r} is merged into the base already; unmerge it to switch it on")
     if len(set(names)) < len(names):
@@ -168,9 +189,11 @@ def route(model: nn.Module, rows: Sequence[str | None], expand: str = "interleav
     record = require(model)
     if record.state.route is not None:
         raise StateError("route() blocks cannot be nested")
+    if isinstance(rows, str):
+        raise StateError(f"route() takes one name or None per row of the batch, got the single name {rows!r}")
     plan = Route(rows, expand)
     for wanted in plan.names:
-        require(model, wanted)
+        _require_known(record, wanted)
         if wanted in record.state.merged:
             raise StateError(f"adapter {wanted!r} is merged into the base; unmerge it before routing")
     _refuse_crossing_prompts(record, plan.names)
@@ -185,6 +208,21 @@ def route(model: nn.Module, rows: Sequence[str | None], expand: str = "interleav
         yield
     finally:
         record.state.route = None
+
+
+def _stop_counting(model: nn.Module) -> list[str]:
+    """Keep training from writing into the running statistics of the base's norms; returns the paths of these norms.
+
+    A norm that does not track them computes the same in both modes: batch statistics in training, running ones else.
+    """
+    norms = [
+        (path, module)
+        for path, module in base_modules(model).items()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    for _, module in norms:
+        module.track_running_stats = False
+    return [path for path, _ in norms]
 
 
 def _check_name(name: str, record: Hosted | None) -> None:
@@ -223,7 +261,8 @@ def _refuse_crossing_prompts(record: Hosted, names: Sequence[str]) -> None:
 
 
 def _use_interface(model: nn.Module, record: Hosted) -> None:
-    if record.state.interface is None:
+    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if record.state.interface is None or not str(current).startswith(INTERFACE_PREFIX):  # or the user changed it since
         if not hasattr(model, "set_attn_implementation"):
             raise UnsupportedError(
                 f"{type(model).__name__} does not use the attention interface of transformers, which this method needs"

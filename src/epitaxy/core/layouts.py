@@ -6,9 +6,12 @@ keys and values are one matrix, all three names mean that matrix.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from epitaxy.core.errors import SiteError
 
 _PLAIN_FIELDS = ("causal", "heads", "pattern", "token_obstacle")
 
@@ -43,6 +46,11 @@ class Layout:
     def __post_init__(self) -> None:
         parts = {role: part if isinstance(part, Part) else Part(part) for role, part in self.roles.items()}
         object.__setattr__(self, "parts", parts)
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            message = f"the pattern {self.pattern!r} of layout {self.name!r} is no regular expression ({error})"
+            raise SiteError(message) from None
 
     def required(self) -> set[str]:
         """Relative paths a module must have to be a block of this layout."""
@@ -88,6 +96,17 @@ def _fused(module: str, qkv: str, output: str) -> dict[str, str]:
 def _joined(module: str, names: str) -> dict[str, str | Part]:
     return {"attention": module, **_projections(module, names)}
 
+
+_BERT_PARTS: dict[str, str | Part] = {
+    "attention.core": "attention.self",
+    "attention.q": "attention.self.query",
+    "attention.k": "attention.self.key",
+    "attention.v": "attention.self.value",
+    "attention.output": "attention.output.dense",
+    "mlp": Part("output.dense", entry="intermediate"),
+    "mlp.up": "intermediate.dense",
+    "mlp.down": "output.dense",
+}
 
 BLOCK_LAYOUTS: tuple[Layout, ...] = (
     _layout(  # ViT, AST, DeiT, Swin
@@ -155,16 +174,59 @@ BLOCK_LAYOUTS: tuple[Layout, ...] = (
         "bert",
         {
             "attention": Part("attention.output.dense", entry="attention"),
-            "attention.core": "attention.self",
-            "attention.q": "attention.self.query",
-            "attention.k": "attention.self.key",
-            "attention.v": "attention.self.value",
-            "attention.output": "attention.output.dense",
-            "mlp": Part("output.dense", entry="intermediate"),
-            "mlp.up": "intermediate.dense",
-            "mlp.down": "output.dense",
+            **_BERT_PARTS,
             "norm.attention": "attention.output.LayerNorm",
             "norm.mlp": "output.LayerNorm",
+        },
+    ),
+    _layout(  # the audio encoder of CLAP, Swin v2
+        "swin in the parts of bert",
+        {
+            "attention": "attention",
+            **_BERT_PARTS,
+            "norm.attention": "layernorm_before",
+            "norm.mlp": "layernorm_after",
+        },
+    ),
+    _layout(  # Wav2Vec2-Conformer, Wav2Vec2-BERT: a feed-forward on either side of attention and convolution
+        "conformer",
+        {
+            **_joined("self_attn", "linear_q linear_k linear_v linear_out"),
+            "mlp": "ffn2",
+            "mlp.up": "ffn2.intermediate_dense",
+            "mlp.down": "ffn2.output_dense",
+            "mlp_first": "ffn1",
+            "mlp_first.up": "ffn1.intermediate_dense",
+            "mlp_first.down": "ffn1.output_dense",
+            "convolution": "conv_module",
+            "norm.attention": "self_attn_layer_norm",
+            "norm.mlp": "ffn2_layer_norm",
+            "norm.mlp_first": "ffn1_layer_norm",
+            "norm.block": "final_layer_norm",
+        },
+        token_obstacle="its blocks convolve neighbouring frames, among which a token has no place",
+    ),
+    _layout(
+        "t5 decoder",
+        {
+            **_joined("layer.0.SelfAttention", "q k v o"),
+            "cross_attention": "layer.1.EncDecAttention",
+            **_projections("layer.1.EncDecAttention", "q k v o", "cross_attention"),
+            "mlp": "layer.2.DenseReluDense",
+            "mlp.down": "layer.2.DenseReluDense.wo",
+            "norm.attention": "layer.0.layer_norm",
+            "norm.cross_attention": "layer.1.layer_norm",
+            "norm.mlp": "layer.2.layer_norm",
+        },
+    ),
+    _layout(
+        "t5 encoder",
+        {
+            **_joined("layer.0.SelfAttention", "q k v o"),
+            "mlp": "layer.1.DenseReluDense",
+            "mlp.down": "layer.1.DenseReluDense.wo",
+            "norm.attention": "layer.0.layer_norm",
+            "norm.mlp": "layer.1.layer_norm",
         },
     ),
     _layout(  # Llama, Mistral, Qwen, SmolLM

@@ -62,6 +62,8 @@ def merge(
     for key, tensor in record.adapters[name].tensors().items():
         if not bool(torch.isfinite(tensor).all()):
             raise StateError(f"adapter {name!r} is not merged: {key} holds NaN or infinite values")
+    if probe is not None and not callable(probe) and not isinstance(probe, Mapping):
+        raise StateError(f"probe must be a mapping of inputs or a function of the model, got {type(probe).__name__}")
     edits = _mergeable(model, record.adapters[name])
     previous = record.state.active
     paths = list(dict.fromkeys(path for path, _ in edits))

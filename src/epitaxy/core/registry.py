@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, get_type_hints, runtime_checkable
 
@@ -135,7 +136,7 @@ def _one(entry: Any) -> Any:
         if key not in fields:
             raise EpitaxyError(f"method {entry['method']!r} has no field {key!r}{nearest(key, fields)}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    _check_types(cls, entry["method"], values)
+    _check_types(cls, values)
     try:
         return cls(**values)
     except EpitaxyError:
@@ -144,18 +145,38 @@ def _one(entry: Any) -> Any:
         raise EpitaxyError(f"method {entry['method']!r}: {error}") from None
 
 
-def _check_types(cls: type[Any], name: str, values: Mapping[str, Any]) -> None:
-    """Raise where a value is not of its field's type, as far as the annotations can be read."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+def check_fields(value: Any) -> None:
+    """Raise where a field of a method, or of one in a composition, is not of its type: files could not hold it."""
+    for part in methods_in(value):
+        if dataclasses.is_dataclass(part):
+            fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+            fields = {key: tuple(field) if isinstance(field, list) else field for key, field in fields.items()}
+            _check_types(type(part), fields)
+
+
+@cache
+def _kinds(cls: type[Any]) -> Mapping[str, Any]:
+    """What validates each field of a method, as far as the annotations can be read."""
+    from pydantic import ConfigDict, TypeAdapter
 
     try:
-        kinds = get_type_hints(cls)
+        hints = get_type_hints(cls)
     except NameError:  # annotations that exist for type checkers only
-        return
+        return {}
+    names = [field.name for field in dataclasses.fields(cls)]
+    config = ConfigDict(arbitrary_types_allowed=True, strict=True)
+    return {name: TypeAdapter(hints[name], config=config) for name in names}
+
+
+def _check_types(cls: type[Any], values: Mapping[str, Any]) -> None:
+    from pydantic import ValidationError
+
+    name, kinds = getattr(cls, "method_name", cls.__name__), _kinds(cls)  # type: ignore[arg-type]
     for key, value in values.items():
-        kind: TypeAdapter[Any] = TypeAdapter(kinds[key], config=ConfigDict(arbitrary_types_allowed=True, strict=True))
+        if key not in kinds:
+            continue
         try:
-            kind.validate_python(value)
+            kinds[key].validate_python(value)
         except ValidationError as error:
             wanted = dict.fromkeys(part["msg"].removeprefix("Input should be ") for part in error.errors())
             expected = " or ".join(wanted)

@@ -131,7 +131,9 @@ def _site(
 ) -> Site:
     module = modules[spot.path]
     sees = modules[spot.entry] if spot.entry else module
-    incoming, outgoing = width_in(sees), width_out(module)
+    parts = {name: modules[path] for name, path in spot.parts.items()}
+    incoming = width_in(sees)
+    outgoing = width_out(parts.get("output", module))  # an attention layer may hold other linear maps after it
     width = outgoing or incoming
     return Site(
         key=anatomy.keys.get(spot.path, spot.path),
@@ -145,7 +147,7 @@ def _site(
         width=width,
         heads=spot.heads,
         entry=spot.entry,
-        parts={name: modules[path] for name, path in spot.parts.items()},
+        parts=parts,
         part_paths=spot.parts,
         anatomy=anatomy,
         last_path=last,

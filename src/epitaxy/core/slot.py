@@ -144,7 +144,9 @@ def _apply_routed(live: list[tuple[int, Edit]], route: Route, host: nn.Module, x
         members = route.members(number, size, y.device)
         rows = y[members]
         for other, edit in live:
-            if other == number:
+            if other == number and edit.needs_batch(host):
+                rows = edit.after(host, x, _put(y, members, rows))[members]
+            elif other == number:
                 edit.rows(members)
                 rows = edit.after(host, x[members], rows)
         parts.append((members, rows))

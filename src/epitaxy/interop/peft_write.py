@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from epitaxy.core.adapter import Adapter, Piece
-from epitaxy.core.anatomy import base_modules, is_norm
+from epitaxy.core.anatomy import base_modules, is_fused, is_norm
 from epitaxy.core.edits import Delta, Edit, Swap
 from epitaxy.core.edits.swap import Replace
 from epitaxy.core.errors import FormatError, UnsupportedError
@@ -68,7 +68,7 @@ def _gather(model: nn.Module, adapter: Adapter) -> Content:
             continue
         host, edit = model.get_submodule(piece.path), piece.module
         if isinstance(edit, Delta):
-            _refuse_host(adapter.name, piece, host)
+            _refuse_host(adapter.name, piece, model)
             own = edit.factors()[0] is edit.down
             down, up = (values[f"{piece.key}.down"], values[f"{piece.key}.up"]) if own else edit.factors()
             stacks.setdefault(piece.path, []).append((down.detach(), up.detach(), edit.scale))
@@ -91,11 +91,14 @@ def _gather(model: nn.Module, adapter: Adapter) -> Content:
     return content
 
 
-def _refuse_host(name: str, piece: Piece, host: nn.Module) -> None:
+def _refuse_host(name: str, piece: Piece, model: nn.Module) -> None:
     assert isinstance(piece.module, Delta)
+    host = model.get_submodule(piece.path)
     reason = obstacle(host)
     if not piece.path:
         reason = "it is the whole model, which PEFT never adapts"
+    elif is_fused(model.get_submodule(piece.path.rpartition(".")[0])):
+        reason = "its attention layer never calls it, so that PEFT's change would have no effect"
     elif piece.module.factors()[1].dim() != 2:
         reason = "its change differs from row to row of a batch"
     if reason is not None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from epitaxy.core.edits import Delta, Edit
+from epitaxy.core.errors import EpitaxyError
 from epitaxy.core.registry import method
 from epitaxy.core.sites import Site
 
@@ -26,6 +27,14 @@ class LoRA:
     dropout: float = 0.0
     rank_stabilised: bool = False
     layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise EpitaxyError(f"rank must be at least 1, got {self.rank}")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise EpitaxyError(f"alpha must be a finite number, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise EpitaxyError(f"dropout must be from 0 to below 1, got {self.dropout}")
 
     @property
     def scale(self) -> float:

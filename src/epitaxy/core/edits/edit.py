@@ -47,6 +47,10 @@ class Edit(nn.Module):
     def rows(self, members: Tensor) -> None:
         """Told, before a routed call, which rows of the batch this edit is about to see."""
 
+    def needs_batch(self, host: nn.Module) -> bool:
+        """Whether a row's change depends on the other rows of the batch: a routed call then shows it all of them."""
+        return False
+
     def mergeable_into(self, host: nn.Module) -> None:
         """Raise ``UnsupportedError`` when this edit cannot be merged into ``host``."""
         raise UnsupportedError(f"{type(self).__name__} edits compute something no weight of the base can hold")

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from epitaxy.core.anatomy import INTERFACE_PREFIX, uses_interface
 from epitaxy.core.edits.edit import Arguments, Edit, cast, output_tensor, with_output
 from epitaxy.core.edits.tap import Memo, Tap
-from epitaxy.core.errors import SiteError, UnsupportedError
+from epitaxy.core.errors import SiteError, StateError, UnsupportedError
 from epitaxy.core.route import Route
 from epitaxy.core.sites import width_out
 
@@ -49,13 +50,31 @@ class JointKV(Edit):
     def placements(self, site: Site) -> Iterator[tuple[str, Edit]]:
         if "core" not in site.part_paths:
             raise SiteError(f"{site.path!r} is not an attention layer: keys and values have no place there")
+        self.acts_before = hasattr(site.parts["core"], "config")
         yield site.part_paths["core"], self
-        if not hasattr(site.parts["core"], "config"):  # not transformers: no attention interface
+        if not uses_interface(site.parts["core"]):
+            if type(site.parts["core"]).__module__.startswith("transformers."):
+                raise UnsupportedError(
+                    f"the attention layer {site.path!r} of {site.anatomy.family} computes its softmax itself, beside "
+                    "the attention interface of transformers, and takes no extra keys; use a gated prefix"
+                )
             if not {"k", "v"} <= set(site.part_paths):
                 raise SiteError(f"the attention layer {site.path!r} has no separate key and value projections")
-            self.needs_attention_interface = False
+            self.needs_attention_interface = self.acts_before = False
             yield site.part_paths["k"], _append(self, "keys")
             yield site.part_paths["v"], _append(self, "values")
+
+    @classmethod
+    def rewrite_input(
+        cls, group: Mapping[int, Edit], route: Route | None, host: nn.Module, call: Arguments
+    ) -> Arguments:
+        current = str(getattr(host.config, "_attn_implementation", None))
+        if not current.startswith(INTERFACE_PREFIX):
+            raise StateError(
+                f"the attention implementation was set to {current!r} after a prefix was switched on, which would "
+                "leave it out; activate the adapter again"
+            )
+        return call
 
     def heads(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values split like the layer's own, ``heads tokens head_width``."""

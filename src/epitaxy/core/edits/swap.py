@@ -45,6 +45,9 @@ class Swap(Edit):
             return y + _norm_change(host, x, weight, self.bias if "bias" in self.names else None).to(y.dtype)
         return y + _along_channels(host, cast(self.bias, y), y.dim())
 
+    def needs_batch(self, host: nn.Module) -> bool:
+        return isinstance(host, BATCH_NORMS) and (host.training or host.running_mean is None)
+
     def mergeable_into(self, host: nn.Module) -> None:
         if "weight" in self.names:
             refuse_quantised(host)

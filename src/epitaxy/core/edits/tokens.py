@@ -32,6 +32,7 @@ class Tokens(Edit):
         self.tokens = nn.Parameter(torch.randn(depth, tokens, width) * spread)
         self.prefilling = True
         self.in_trunk = False
+        self.masked = True
         self.blocks = range(0)
 
     @property
@@ -55,7 +56,7 @@ class Tokens(Edit):
         self.blocks = range(first, last + 1)
         if len(self.blocks) != site.count:
             raise SiteError(f"prompts take blocks in a row, not {site.count} of the blocks {first} to {last}")
-        self.in_trunk = anatomy.causal
+        self.in_trunk, self.masked = anatomy.causal, anatomy.masked
         yield site.path, self
         for number, path in enumerate(paths[first + 1 : last + 1], start=1):
             if number < self.depth or not anatomy.causal:
@@ -100,7 +101,7 @@ class Enter(_Piece):
     ) -> Arguments:
         x = first_tensor(call)
         edits = owners(group)
-        if visible(edits, route, x.shape[0], x.device) is not None and not _masks_reach(host):
+        if visible(edits, route, x.shape[0], x.device) is not None and not _masks_reach(host, edits):
             raise UnsupportedError(
                 "rows with different numbers of prompt tokens need an attention mask, which this model cannot take"
             )
@@ -289,9 +290,9 @@ def visible(edits: Mapping[int, Tokens], route: Route | None, batch: int, device
     return torch.tensor(real, device=device)[route.expanded(batch, device)]
 
 
-def _masks_reach(host: nn.Module) -> bool:
+def _masks_reach(host: nn.Module, edits: Mapping[int, Tokens]) -> bool:
     slot = host._modules["epitaxy"]
-    return bool(slot.state.interface)  # type: ignore[union-attr]
+    return bool(slot.state.interface) and all(edit.masked for edit in edits.values())  # type: ignore[union-attr]
 
 
 def _widen_mask(call: Arguments, count: int) -> Arguments:

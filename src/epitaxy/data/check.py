@@ -27,11 +27,13 @@ class Checked:
 
 def check_rows(pool: Pool, spec: DataSpec) -> Checked:
     """Read every file once.  Raises ``FormatError`` with the count and the first names, unless ``on_bad="skip"``."""
+    if pool.missing:
+        refuse_or_skip(spec, pool.missing, len(pool.rows) + len(pool.missing), "are missing")
     unlabelled = [row for row in pool.rows if row.label is None]
     if unlabelled:
         refuse_or_skip(spec, [(row.name, "no label") for row in unlabelled], len(pool.rows), "have no label")
     checked = Checked([row for row in pool.rows if row.label is not None])
-    checked.skipped = [(row.name, "no label") for row in unlabelled]
+    checked.skipped = [*pool.missing, *((row.name, "no label") for row in unlabelled)]
     if not spec.check and pool.modality != "text":
         return checked
     if pool.modality == "text":

@@ -12,9 +12,11 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from epitaxy.core.errors import FormatError, nearest
+from epitaxy.data.audio_sets import READERS
 from epitaxy.data.check import Checked, Skipped, check_rows, read_bytes
 from epitaxy.data.decode import Waveform, decode_audio, decode_image
 from epitaxy.data.divide import Parts, Plan, count_classes, divide, limit, plan_splits, shared_content
+from epitaxy.data.few_shot import few_shot
 from epitaxy.data.folder import modality_of, read_folder
 from epitaxy.data.hub import SAVED, read_hub
 from epitaxy.data.shipped import PREFIX, shipped_archive
@@ -87,6 +89,7 @@ def load_splits(spec: DataSpec) -> Splits:
     """
     pool = _read(spec)
     notes = list(pool.notes)
+    order = {id(row): place for place, row in enumerate(pool.rows)}
     plan = _plan(pool, spec, notes)
     checked = check_rows(pool, spec)
     parts = divide(checked, plan, spec, notes)
@@ -98,6 +101,7 @@ def load_splits(spec: DataSpec) -> Splits:
         notes.append(
             f"{spec.source}: {len(checked.skipped)} examples were left out, the first is {checked.skipped[0][0]}"
         )
+    parts["train"] = few_shot(parts["train"], order, spec, notes)
     limits = {"train": spec.limit_per_class}
     sets = {
         role: Examples(
@@ -139,6 +143,10 @@ def _read(spec: DataSpec) -> Pool:
             return read_hub(spec)
         near = nearest(path.name, [item.name for item in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise FormatError(f"{spec.source}: no such file or folder{near if 'did you mean' in near else ''}")
+    if spec.kind in READERS:
+        if path.is_file() and path.suffix != ".zip":
+            raise FormatError(f"{spec.source}: expected the folder of the data set, or a .zip of it")
+        return READERS[spec.kind](list_archive(path) if path.is_file() else list_folder(path), spec)
     if spec.kind == "csv" or (spec.kind == "auto" and path.is_file() and path.suffix in SUFFIXES):
         return read_table(path, spec)
     if path.is_file() and path.suffix != ".zip":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 from epitaxy.core.errors import EpitaxyError
+from epitaxy.data.audio.spec import AudioSpec
 
 Modality = Literal["vision", "audio", "text"]
 Kind = Literal["auto", "image_folder", "audio_folder", "csv", "hub"]
@@ -26,7 +27,8 @@ class DataSpec:
     ``on_bad`` says what happens to unreadable files and unlabelled rows; ``check=False`` leaves unreadable files to
     be met during training.  ``limit_per_class`` keeps so many training examples of each class,
     ``limit_evaluation_per_class`` so many for validation and test.  The columns are those of tables and hub data
-    sets; ``sampling_rate`` in Hz (default: as stored); ``subset`` and ``revision`` choose within the hub.
+    sets; ``sampling_rate`` in Hz (default: as stored); ``subset`` and ``revision`` choose within the hub.  ``audio``
+    says how sounds become a model's input.
     """
 
     source: str
@@ -46,6 +48,7 @@ class DataSpec:
     sampling_rate: int | None = None
     subset: str | None = None
     revision: str | None = None
+    audio: AudioSpec | None = None
 
     def __post_init__(self) -> None:
         for name in ("validation", "test"):
@@ -61,6 +64,8 @@ class DataSpec:
         for name, known in (("kind", get_args(Kind)), ("on_bad", ("error", "skip"))):
             if getattr(self, name) not in known:
                 raise EpitaxyError(f"data.{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.kind == "audio_folder" and self.audio is None:
+            object.__setattr__(self, "audio", AudioSpec())  # written out, so that the recipe of a run shows it
 
 
 class Stored(Protocol):

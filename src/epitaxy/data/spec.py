@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 from epitaxy.core.errors import EpitaxyError
+from epitaxy.data.audio.spec import AudioSpec
 
 Modality = Literal["vision", "audio", "text"]
 AudioSet = Literal["esc50", "urbansound8k", "speech_commands", "fluent_speech_commands", "iemocap"]
@@ -40,7 +41,7 @@ class DataSpec:
     goes on where a class has fewer.
 
     The columns are those of tables and hub data sets; ``sampling_rate`` in Hz (default: as stored); ``subset`` and
-    ``revision`` choose within the hub.
+    ``revision`` choose within the hub.  ``audio`` says how sounds become a model's input.
     """
 
     source: str
@@ -66,6 +67,7 @@ class DataSpec:
     sampling_rate: int | None = None
     subset: str | None = None
     revision: str | None = None
+    audio: AudioSpec | None = None
 
     def __post_init__(self) -> None:
         for name in ("validation", "test"):
@@ -90,6 +92,8 @@ class DataSpec:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise EpitaxyError(f"data.{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.kind in ("audio_folder", *get_args(AudioSet)) and self.audio is None:
+            object.__setattr__(self, "audio", AudioSpec())  # written out, so that the recipe of a run shows it
 
 
 class Stored(Protocol):

@@ -177,9 +177,11 @@ def _put(merged: dict[str, Any], key: str, value: Any, origin: str, origins: Ori
         merged["method"] = _with_field(merged.get("method", []), path[1:], value, origin)
         origins["method",] = origin
         return
-    nested = {path[0]: value} if len(path) == 1 else {path[0]: {path[1]: value}}
+    nested = value
+    for part in reversed(path):
+        nested = {part: nested}
     values = normalise(nested, origin)
-    if len(path) > 2 or (len(path) == 2 and path[0] not in KEYS):
+    if len(path) > 1 and ".".join(path[:-1]) not in KEYS:
         raise RecipeError(f"{origin}: {'.'.join(path[:-1])!r} is one value, there are no keys below it")
     _merge(merged, values, origin, origins)
 

@@ -18,6 +18,7 @@ from epitaxy.tasks.metrics import Metrics
 from epitaxy.train import run_directory, samples
 from epitaxy.train.config import TrainResult
 from epitaxy.train.environment import describe_environment
+from epitaxy.train.hearing import FRONT_END, settings_of
 from epitaxy.train.loop import train
 from epitaxy.train.prepare import Prepared, prepare
 from epitaxy.train.recipe import Recipe
@@ -82,6 +83,7 @@ def _keep(recipe: Recipe, out: Path, ready: Prepared, tested: Metrics) -> None:
         if not (out / MODEL).exists():
             save_model(ready.opened.model, ready.opened.processor, out / MODEL)
         return
+    front_end = settings_of(ready.task)
     ready.adapter.provenance = {
         "base": recipe.base.source,
         "data": recipe.data.source,
@@ -89,6 +91,7 @@ def _keep(recipe: Recipe, out: Path, ready: Prepared, tested: Metrics) -> None:
         "test_accuracy": tested.accuracy,
         "test_macro_f1": tested.macro_f1,
         "seed": recipe.train.seed,
+        **({FRONT_END: front_end} if front_end is not None else {}),
     }
     save(ready.opened.model, out / ADAPTER, recipe.name)
 
@@ -111,6 +114,7 @@ def _write_predictions(out: Path, ready: Prepared, tested: Metrics, count: int) 
 
 def _result(recipe: Recipe, ready: Prepared, trained: TrainResult, tested: Metrics, out: Path) -> dict[str, Any]:
     splits, adapter, model = ready.splits, ready.adapter, ready.opened.model
+    front_end = settings_of(ready.task)
     base = sum(p.numel() for name, p in model.named_parameters() if "epitaxy" not in name.split("."))
     return {
         "name": recipe.name,
@@ -123,6 +127,7 @@ def _result(recipe: Recipe, ready: Prepared, trained: TrainResult, tested: Metri
             "counts": {part: len(getattr(splits, part)) for part in ("train", "validation", "test")},
             "skipped": [list(entry) for entry in splits.skipped],
             "notes": list(splits.notes),
+            **({FRONT_END: front_end} if front_end is not None else {}),
         },
         "seed": recipe.train.seed,
         "test": tested.scalars(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def _merge(
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value, origin, origins, here)
             continue
-        into[key] = dict(value) if isinstance(value, dict) else value
+        into[key] = deepcopy(value)  # what is merged into it later must not reach the layer it came from
         for overruled in [known for known in origins if known[: len(here)] == here]:
             del origins[overruled]
         origins[here] = origin

@@ -118,10 +118,12 @@ def listening(ear: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # n
     return root / "run"
 
 
+@pytest.mark.parametrize("rate", [16000, 22050])
 def test_long_recordings_are_windows_and_a_file(
-    epitaxy: Epitaxy, listening: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    epitaxy: Epitaxy, listening: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int
 ) -> None:
-    rate = 22050
+    if rate != 16000:
+        pytest.importorskip("soxr")
     time = np.arange(10 * rate) / rate
     wave = 0.5 * np.sin(2 * np.pi * np.where(time < 5, 320.0, 3200.0) * time)
     soundfile.write(tmp_path / "long.flac", wave, rate)
@@ -200,16 +202,16 @@ def test_a_window_is_no_longer_than_the_clips_of_the_training(
 
 def test_texts(epitaxy: Epitaxy, reader: Path, tmp_path: Path) -> None:  # noqa: F811
     table = tmp_path / "table.csv"
-    lines = [f"the day was {word},{label}" for label, word in (("up", "good"), ("down", "bad")) for _ in range(10)]
-    unique = [line.replace("the", "the " * (number + 1), 1) for number, line in enumerate(lines)]
-    table.write_text("text,label\n" + "\n".join(unique) + "\n")
+    moods = (("up", "good"), ("down", "bad"))
+    lines = [f"the day was {3 * (word + ' ')}<i>{number},{mood}" for number in range(12) for mood, word in moods]
+    table.write_text("text,label\n" + "\n".join(lines) + "\n")
     run = tmp_path / "run"
     outcome = epitaxy(
         *("train", "own/texts", f"base={reader}", f"data.source={table}", f"out={run}"),
-        *("method=[{method: lora, rank: 2}, head]", "train.epochs=10", "train.learning_rate=3e-2"),
+        *("train.epochs=20", "train.batch=8", "train.learning_rate=3e-2", "train.patience=null"),
     )
     assert outcome.code == 0, outcome.err
-    for name, text in (("a.txt", "the day was good"), ("b.txt", "the day was bad"), ("c.txt", " \n")):
+    for name, text in (("a.txt", "the day was good good good"), ("b.txt", "the day was bad bad bad"), ("c.txt", " \n")):
         (tmp_path / name).write_text(text)
     outcome = epitaxy("predict", run, tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.txt", "--json")
     assert outcome.code == 1

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epitaxy.core.anatomy import is_linear, is_transposed_linear, linear_sizes, weight_of
-from epitaxy.core.edits.edit import Edit, cast, refuse_quantised
+from epitaxy.core.edits.edit import Edit, cast, refuse_quantised, wide
 from epitaxy.core.errors import SiteError, UnsupportedError
 from epitaxy.core.route import Route
 
@@ -91,8 +91,8 @@ class Delta(Edit):
             raise UnsupportedError("a change that differs from row to row of a batch cannot be merged into one weight")
 
     def change(self) -> Tensor:
-        """The full change of the weight, ``out x in (x k...)``, in fp32."""
-        down, up = (factor.float() for factor in self.factors())
+        """The full change of the weight, ``out x in (x k...)``, in fp32 or, of fp64 factors, fp64."""
+        down, up = (wide(factor) for factor in self.factors())
         change: Tensor = torch.tensordot(up, down, dims=1)
         return change * self.scale
 
@@ -101,7 +101,7 @@ class Delta(Edit):
         change = self.change().to(weight.device)
         if is_transposed_linear(host):
             change = change.t()
-        return {"weight": weight.float() + change}
+        return {"weight": wide(weight) + change}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}"

@@ -109,6 +109,11 @@ def cast(weight: Tensor, like: Tensor) -> Tensor:
     return weight if weight.dtype == like.dtype else weight.to(like.dtype)
 
 
+def wide(value: Tensor) -> Tensor:
+    """``value`` in the precision that sums are taken in: fp32, and fp64 as it is."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
 def refuse_quantised(host: nn.Module) -> None:
     """Raise where the host's weight is not a plain floating-point tensor that a merge could write."""
     weight = getattr(host, "weight", None)

@@ -17,7 +17,9 @@ from epitaxy.core.edits import Delta, JointKV, PooledHead, Tokens
 from epitaxy.core.edits.edit import first_tensor, output_tensor
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "ast_petl"
-pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason="the golden vectors of ast_petl are not beside this checkout")
+pytestmark = pytest.mark.skipif(
+    not GOLDEN.exists(), reason="the golden vectors of ast_petl are not beside this checkout"
+)
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5}
 POOLS = {

@@ -122,8 +122,8 @@ class PooledHead(Edit):
         members, self._members = self._members, None
         if self.memo.cut and torch.is_grad_enabled():
             raise UnsupportedError(
-                "gradient checkpointing with use_reentrant=True keeps no graph of what a pooled head reads; "
-                "switch it on with use_reentrant=False"
+                "what a pooled head reads was computed without a graph while the head runs with one; checkpoint "
+                "gradients with use_reentrant=False"
             )
         pooled = self.memo.take()
         if members is not None:
@@ -178,11 +178,10 @@ class Pool(Edit):
         present: Any = host._modules["epitaxy"]
         marks = present.whole(Present)
         prompts = {number: edit for number, edit in owners(marks[0]).items() if edit.prefilling} if marks else {}
-        checkpointed = host.training and bool(getattr(host, "gradient_checkpointing", False))
         for number, edit in group.items():
             assert isinstance(edit, Pool)
             edit.memo.value = edit.pooled(x, call, prompts, route, number)
-            edit.memo.cut = checkpointed and not torch.is_grad_enabled()
+            edit.memo.cut = not torch.is_grad_enabled()
         return output
 
     def pooled(
@@ -230,7 +229,8 @@ class Pool(Edit):
 def _seen(call: Arguments) -> Tensor | None:
     """The positions that some query of a block sees, ``b t``, by the attention mask of the call; None without one."""
     args, kwargs = call
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    others = [value for value in args[1:] if isinstance(value, Tensor) and value.dim() == 4]  # GPT-2: after the cache
+    mask = kwargs.get("attention_mask", others[0] if others else args[1] if len(args) > 1 else None)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
     visible = mask.bool() if mask.dim() == 2 or mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

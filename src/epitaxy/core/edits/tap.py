@@ -14,7 +14,7 @@ from epitaxy.core.route import Route
 class Memo:
     """Holds one tensor between two modules of one forward pass, and nothing at rest.
 
-    ``cut`` says that the tensor came out of a checkpointed block that kept no graph of it.
+    ``cut`` says that the tensor was computed without a graph, as in a block under reentrant checkpointing.
     """
 
     def __init__(self) -> None:

@@ -66,11 +66,18 @@ DECLARED = (
         says="no module of the kind 'bias'",
     ),
     Limit(
-        "head head_labels lora_bitfit_head",
+        "head head_labels head_pooled lora_bitfit_head",
         "sd15 sdxl",
         "attaches",
         "a denoiser has no task head",
         says="'head' matches no role",
+    ),
+    Limit(
+        "head_pooled prompt_pooled",
+        "llama mistral gpt2",
+        "attaches",
+        "a language model predicts a token at every position, a pooled head one output for the whole sequence",
+        says="use a model for classification",
     ),
     Limit(
         "head_labels",
@@ -80,7 +87,7 @@ DECLARED = (
         how="differs",
     ),
     Limit(
-        "head head_labels lora_bitfit_head",
+        "head head_labels head_pooled prompt_pooled lora_bitfit_head",
         "*",
         "together",
         "two heads cannot both be the output layer",

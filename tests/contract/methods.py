@@ -13,6 +13,8 @@ from epitaxy.core.registry import methods_in
 
 CONVOLUTIONS = {"wav2vec2": "*conv_layers.*.conv"}  # its positional convolution is grouped, which LoRA refuses
 
+PATCHED = ("vit", "dinov2", "ast")  # without a patch embedding the published start of prompts is not defined
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -51,6 +53,20 @@ WRITTEN = (
     Variant("norm_tuning", "NormTuning", lambda family: NormTuning()),
     Variant("head", "Head, a copy of the base's", lambda family: Head()),
     Variant("head_labels", "Head, 5 labels", lambda family: Head(labels=5)),
+    Variant("head_pooled", "Head on the mean of all tokens", lambda family: Head(pool="all")),
+    Variant(
+        "prompt_pooled",
+        "Prompt as published for AST + Head on prompts and patches",
+        lambda family: (
+            Prompt(
+                tokens=3,
+                deep=True,
+                init="vpt" if family in PATCHED else "normal",
+                drop_distillation=family == "ast",
+            )
+            + Head(pool="prompts+patches")
+        ),
+    ),
     Variant("lora_bitfit_head", "LoRA + BitFit + Head", lambda family: LoRA(rank=2) + BitFit() + Head()),
     Variant("lora_prefix", "LoRA + joint Prefix", lambda family: LoRA(rank=2) + Prefix(tokens=2)),
     Variant(

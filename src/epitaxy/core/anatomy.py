@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from epitaxy.core.errors import SiteError, nearest
-from epitaxy.core.layouts import BLOCK_LAYOUTS, HEAD_PATHS, OUTER_ROLES, Layout, Part
+from epitaxy.core.layouts import BLOCK_LAYOUTS, HEAD_PATHS, OUTER_ROLES, SPECIAL_TOKENS, Layout, Part
 
 TYPE_ROLES = ("norm", "bias", "linear", "conv")
 NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
@@ -38,13 +38,21 @@ class Spot:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The roles of one model: role name -> its spots in the order of the network."""
+    """The roles of one model: role name -> its spots in the order of the network.
+
+    ``last`` is the module whose output is the last hidden states: the norm after the blocks, or the last block where
+    none follows.  ``special`` counts the tokens that lead the sequence (class, distillation, registers);
+    ``distillation`` is the position of the distillation token among them.
+    """
 
     family: str
     roles: Mapping[str, tuple[Spot, ...]]
     causal: bool = False
     trunk: str | None = None
     token_obstacle: str | None = None
+    last: str | None = None
+    special: int = 0
+    distillation: int | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,7 +95,17 @@ def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
     if not blocks:
         obstacle = "it has no transformer blocks that were recognised"
     obstacle = obstacle or _grid_obstacle(modules, blocks) or _stack_obstacle(blocks)
-    return Anatomy(_family(model), {role: tuple(spots) for role, spots in roles.items()}, causal, trunk, obstacle)
+    special, distillation = _special_tokens(modules, blocks)
+    return Anatomy(
+        _family(model),
+        {role: tuple(spots) for role, spots in roles.items()},
+        causal,
+        trunk,
+        obstacle,
+        _last(roles, modules, blocks, layout),
+        special,
+        distillation,
+    )
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -159,21 +177,23 @@ def _heads(modules: dict[str, nn.Module], block: str, layout: Layout) -> int | N
 
 
 def _add_outer(roles: dict[str, list[Spot]], modules: dict[str, nn.Module], model: nn.Module) -> None:
+    head = next((path for path in HEAD_PATHS if isinstance(modules.get(path), nn.Linear)), None)
+    composite = head.rpartition(".")[0] if head else ""  # AST's has a norm, which is not the trunk's final one
     for role, patterns in OUTER_ROLES.items():
         taken = {spot.path for spots in roles.values() for spot in spots}
         for path in modules:
-            if path not in taken and any(re.fullmatch(pattern, path) for pattern in patterns):
+            if path in taken or (composite and path.startswith(composite + ".")):
+                continue
+            if any(re.fullmatch(pattern, path) for pattern in patterns):
                 roles.setdefault(role, []).append(Spot(path))
-    for path in HEAD_PATHS:
-        if isinstance(modules.get(path), nn.Linear):
+    if head is not None:
+        roles["head"] = [Spot(head)]
+        return
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if callable(get) else None
+    for path, module in modules.items():
+        if output is not None and module is output:
             roles["head"] = [Spot(path)]
-            break
-    else:
-        get = getattr(model, "get_output_embeddings", None)
-        output = get() if callable(get) else None
-        for path, module in modules.items():
-            if output is not None and module is output:
-                roles["head"] = [Spot(path)]
 
 
 def _add_by_type(roles: dict[str, list[Spot]], modules: dict[str, nn.Module]) -> None:
@@ -244,6 +264,46 @@ def _trunk(model: nn.Module, blocks: list[tuple[str, Layout]], modules: dict[str
         if path and callable(getattr(module, "get_input_embeddings", None)) and blocks[0][0].startswith(path + "."):
             return path
     return "" if callable(getattr(model, "get_input_embeddings", None)) else None
+
+
+def _last(
+    roles: dict[str, list[Spot]],
+    modules: dict[str, nn.Module],
+    blocks: list[tuple[str, Layout]],
+    described: Layout | None,
+) -> str | None:
+    """Path of the module that gives the last hidden states."""
+    if not blocks:
+        return None
+    block, layout = blocks[-1]
+    if described is not None:  # of a stranger's norms we cannot tell whether they come before the blocks or after
+        if described.final_norm is not None and described.final_norm not in modules:
+            raise SiteError(f"the layout {described.name!r} names a final norm {described.final_norm!r} that is absent")
+        return described.final_norm or block
+    if layout.name == "wav2vec2" and "StableLayerNorm" not in type(modules[block]).__name__:
+        return block  # its encoder's norm comes before the blocks
+    for spot in roles.get("norm.final", ()):
+        parent = spot.path.rpartition(".")[0]
+        if is_norm(modules[spot.path]) and (not parent or block.startswith(parent + ".")):
+            return spot.path
+    return block
+
+
+def _special_tokens(modules: dict[str, nn.Module], blocks: list[tuple[str, Layout]]) -> tuple[int, int | None]:
+    """How many tokens lead the sequence, and which of them is for distillation."""
+    told = next((known.special_tokens for _, known in blocks if known.special_tokens is not None), None)
+    if told is not None:
+        return told, None
+    for module in modules.values():
+        found = [
+            next((token for name in names if isinstance(token := getattr(module, name, None), nn.Parameter)), None)
+            for names in SPECIAL_TOKENS
+        ]
+        if found[0] is None:
+            continue
+        counts = [0 if token is None else token.numel() // token.shape[-1] for token in found]
+        return sum(counts), counts[0] if counts[1] else None
+    return 0, None
 
 
 def _grid_obstacle(modules: dict[str, nn.Module], blocks: list[tuple[str, Layout]]) -> str | None:

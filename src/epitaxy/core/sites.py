@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,7 +18,8 @@ class Site:
     """One place for an edit.
 
     ``key`` addresses the site by role and number (``attention.q.3``), independent of module paths, so that files
-    survive a renaming; ``index`` and ``count`` are its position among the sites the method asked for.
+    survive a renaming; ``index`` and ``count`` are its position among the sites the method asked for;
+    ``hidden_width`` is the width of the model's last hidden states, ``patch`` the number of positions in a patch.
     """
 
     key: str
@@ -35,6 +37,8 @@ class Site:
     part_paths: Mapping[str, str] = field(repr=False)
     anatomy: Anatomy = field(repr=False)
     last_path: str = ""
+    hidden_width: int | None = None
+    patch: int | None = None
 
     def require_width(self) -> int:
         """Width of the features at this site; raises ``SiteError`` where it cannot be told from the weights."""
@@ -149,7 +153,18 @@ def _site(
         part_paths=spot.parts,
         anatomy=anatomy,
         last_path=last,
+        hidden_width=None if anatomy.last is None else width_out(modules[anatomy.last]),
+        patch=_patch_size(anatomy, modules),
     )
+
+
+def _patch_size(anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> int | None:
+    """Positions (pixels, time-frequency bins) of a patch, from the convolution that embeds patches."""
+    for spot in anatomy.roles.get("patch", ()):
+        kernel = getattr(modules[spot.path], "kernel_size", None)
+        if isinstance(kernel, tuple):
+            return math.prod(kernel)
+    return None
 
 
 def width_in(module: nn.Module) -> int | None:

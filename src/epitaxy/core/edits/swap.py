@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import is_linear, is_norm, is_transposed_linear, linear_sizes
+from epitaxy.core.anatomy import is_norm
 from epitaxy.core.edits.edit import Edit, cast, refuse_quantised
-from epitaxy.core.errors import SiteError, UnsupportedError
+from epitaxy.core.errors import SiteError
 
 NORMS = (nn.LayerNorm, nn.GroupNorm)
 BATCH_NORMS = nn.modules.batchnorm._NormBase  # instance norms too
@@ -54,55 +54,6 @@ class Swap(Edit):
 
     def extra_repr(self) -> str:
         return ", ".join(self.names)
-
-
-class Replace(Edit):
-    """A task head: the host's output is that of a new linear map, of any number of outputs."""
-
-    mergeable = True
-    exclusive = True
-
-    def __init__(self, host: nn.Module, outputs: int | None = None) -> None:
-        super().__init__()
-        if not is_linear(host):
-            raise SiteError(f"a head replaces a linear map, found {type(host).__name__}")
-        size_in, size_out = linear_sizes(host)
-        if outputs is None or outputs == size_out:
-            self._copy(host)
-            return
-        self.linear = nn.Linear(size_in, outputs)
-        nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
-
-    @torch.no_grad()
-    def _copy(self, host: nn.Module) -> None:
-        weight, bias = getattr(host, "weight", None), getattr(host, "bias", None)
-        if not isinstance(weight, Tensor) or not torch.is_floating_point(weight):
-            raise UnsupportedError(f"the quantised weight of {type(host).__name__} cannot be copied to a trained head")
-        weight = weight.t() if is_transposed_linear(host) else weight
-        kind = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-        self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=kind)
-        self.linear.weight.copy_(weight)
-        if bias is not None:
-            self.linear.bias.copy_(bias)
-
-    def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        bias = self.linear.bias
-        return F.linear(x, cast(self.linear.weight, x), None if bias is None else cast(bias, x))
-
-    def mergeable_into(self, host: nn.Module) -> None:
-        refuse_quantised(host)
-        if getattr(host, "bias", None) is None and self.linear.bias is not None:
-            raise UnsupportedError(
-                f"cannot merge a trained head into {type(host).__name__}: the base's output layer has no bias"
-            )
-
-    def merged(self, host: nn.Module) -> Mapping[str, Tensor]:
-        weight = self.linear.weight.detach()
-        new = {"weight": weight.t() if is_transposed_linear(host) else weight}
-        if self.linear.bias is not None:
-            new["bias"] = self.linear.bias.detach()
-        return new
 
 
 def _known(host: nn.Module) -> bool:

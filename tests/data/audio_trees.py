@@ -33,7 +33,7 @@ def write_table(path: Path, columns: Sequence[str], lines: Sequence[Sequence[obj
 ESC_COLUMNS = ("filename", "fold", "target", "category", "esc10", "src_file", "take")
 
 
-def esc50(root: Path, classes: int = 2, sources: int = 2, takes: int = 2) -> Path:
+def esc50(root: Path, classes: int = 2, sources: int = 2, takes: int = 2, rate: int = 8000, samples: int = 160) -> Path:
     """``sources`` recordings with ``takes`` clips each, in every class of every fold; names against the alphabet."""
     lines = []
     for fold in range(1, 6):
@@ -42,7 +42,7 @@ def esc50(root: Path, classes: int = 2, sources: int = 2, takes: int = 2) -> Pat
                 for take in range(takes):
                     clip = 1000 * fold + 100 * target + source
                     name = f"{fold}-{clip}-{'ABCDEFGH'[take]}-{target}.wav"
-                    sound(root / "audio" / name)
+                    sound(root / "audio" / name, rate, samples)
                     lines.append((name, fold, target, f"sound{classes - target}", False, clip, "ABCDEFGH"[take]))
     write_table(root / "meta/esc50.csv", ESC_COLUMNS, lines)
     return root

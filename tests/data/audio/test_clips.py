@@ -10,7 +10,7 @@ from epitaxy.core.errors import EpitaxyError
 from epitaxy.data.audio.augment import chance, mask
 from epitaxy.data.audio.clips import fit, starts
 from epitaxy.data.audio.filterbank import SILENCE
-from epitaxy.data.audio.spec import Augment, AudioSpec
+from epitaxy.data.audio.spec import AudioSpec, Augment
 from epitaxy.data.audio.statistics import measure
 
 
@@ -98,7 +98,7 @@ def test_statistics_are_those_of_all_values_together() -> None:
 def test_settings_without_sense_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(EpitaxyError, match=message):
         AudioSpec(**values)  # type: ignore[arg-type]
-    with pytest.raises(EpitaxyError, match="augment.time must not be negative, got -1"):
+    with pytest.raises(EpitaxyError, match=r"augment\.time must not be negative, got -1"):
         Augment(time=-1)
 
 
@@ -107,7 +107,7 @@ def test_stored_settings_come_back() -> None:
     stored = spec.stored()
     again = AudioSpec.from_stored(stored, "a")
     assert again == AudioSpec(frames=500, statistics=(-6.6, 5.4), long="windows")
-    with pytest.raises(EpitaxyError, match="^a: its front end has the unknown setting 'frame'; did you mean 'frames'"):
+    with pytest.raises(EpitaxyError, match=r"^a: its front end has the unknown setting 'frame'; did you mean 'frames'"):
         AudioSpec.from_stored({"frame": 3}, "a")
-    with pytest.raises(EpitaxyError, match="^a: its front end cannot be read"):
+    with pytest.raises(EpitaxyError, match=r"^a: its front end cannot be read"):
         AudioSpec.from_stored({"frames": "many"}, "a")

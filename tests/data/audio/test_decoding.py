@@ -15,7 +15,7 @@ import soundfile
 from epitaxy.core.errors import EpitaxyError, FormatError
 from epitaxy.data.audio.decoding import check_audio, decode_audio
 from epitaxy.data.audio.sound import Sound
-from epitaxy.data.audio.waveform import Waveform, resample
+from epitaxy.data.audio.waveform import Waveform, resample, to_mono
 from epitaxy.data.stored import File, Member
 
 RAMP = np.linspace(-1, 1, 4001)[:-1]
@@ -77,8 +77,6 @@ def test_arrays_of_other_types_are_scaled() -> None:
     with pytest.raises(FormatError, match="at least 1 Hz, got 0"):
         Waveform(np.zeros(4, np.float32), 0)
     with pytest.raises(EpitaxyError, match="mono is one of mean, left, got 'right'"):
-        from epitaxy.data.audio.waveform import to_mono
-
         to_mono(np.zeros((4, 2), np.float32), "right")  # type: ignore[arg-type]
 
 

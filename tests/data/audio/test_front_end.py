@@ -17,7 +17,7 @@ from epitaxy.data.audio import front_end as module
 from epitaxy.data.audio.cache import FeatureCache, trim
 from epitaxy.data.audio.front_end import LogMel, Processed, build
 from epitaxy.data.audio.sound import Sound
-from epitaxy.data.audio.spec import Augment, AudioSpec
+from epitaxy.data.audio.spec import AudioSpec, Augment
 from epitaxy.data.audio.waveform import Waveform
 from epitaxy.data.splits import Example
 from epitaxy.data.stored import File

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import __main__ as everything
-from benchmarks import inactive, lora_vs_peft, many_adapters
+from benchmarks import audio_front_end, inactive, lora_vs_peft, many_adapters
 from benchmarks.bases import SHAPES
 
 import epitaxy
@@ -94,3 +94,10 @@ def test_attaching_the_thousandth_walks_only_the_base() -> None:
         epitaxy.attach(model, many_adapters.METHOD, f"a{number}")
     assert base_modules(model) == before
     assert list(base_modules(model)) == [path for path, _ in model.named_modules() if "epitaxy" not in path.split(".")]
+
+
+def test_audio_front_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = results(audio_front_end, tmp_path, monkeypatch)
+    extractor, cache = stored["tables"]
+    assert len(extractor["rows"]) == 2
+    assert cache["rows"][0]["cached / computed"]["median"] < 0.8

@@ -42,8 +42,8 @@ def _set_length(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     features = args[0] if args else kwargs["input_features"]
     stride = encoder.conv1.stride[0] * encoder.conv2.stride[0]
     most = encoder.embed_positions.num_embeddings
-    tokens, rest = divmod(features.shape[-1], stride)
-    if rest or not 1 <= tokens <= most:
+    tokens = features.shape[-1] // stride
+    if features.shape[-1] % stride or not 1 <= tokens <= most:
         raise EpitaxyError(
             f"a Whisper encoder takes a multiple of {stride} up to {most * stride} frames, got {features.shape[-1]}"
         )

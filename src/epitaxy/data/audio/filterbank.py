@@ -89,7 +89,7 @@ class Filterbank:
         frames = frames - frames.mean(-1, keepdim=True)
         before = torch.cat([frames[..., :1], frames[..., :-1]], -1)
         frames = (frames - self.pre_emphasis * before) * self._window.to(frames.device)
-        power = torch.fft.rfft(frames, self._points).abs().square()
+        power = torch.view_as_real(torch.fft.rfft(frames, self._points)).square().sum(-1)
         energy: Tensor = power @ self._triangles.to(frames.device)
         return energy.clamp_min(FLOOR).log().float()
 

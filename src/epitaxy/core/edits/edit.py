@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epitaxy.core.errors import UnsupportedError
@@ -105,6 +106,11 @@ def with_output(output: Any, value: Tensor) -> Any:
 def cast(weight: Tensor, like: Tensor) -> Tensor:
     """``weight`` in the type of the activation it meets, so that a bf16 base works with fp32 adapters."""
     return weight if weight.dtype == like.dtype else weight.to(like.dtype)
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``layer(x)``, computed in the type of ``x``."""
+    return F.linear(x, cast(layer.weight, x), cast(layer.bias, x))
 
 
 def refuse_quantised(host: nn.Module) -> None:

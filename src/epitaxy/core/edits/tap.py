@@ -12,10 +12,16 @@ from epitaxy.core.route import Route
 
 
 class Memo:
-    """Holds one tensor between two modules of one forward pass, and nothing at rest."""
+    """Holds one tensor between two modules of one forward pass, and nothing at rest.
+
+    A pass that stops halfway, as recomputed blocks do, may leave a tensor behind; it is not copied with the model.
+    """
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"value": None}
 
     def take(self) -> Tensor:
         """Return the tensor and forget it."""

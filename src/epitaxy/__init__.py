@@ -30,6 +30,9 @@ _PUBLIC = {
     "EpitaxyError": "epitaxy.core.errors",
     "BitFit": "epitaxy.methods.bitfit",
     "Bottleneck": "epitaxy.methods.bottleneck",
+    "Conformer": "epitaxy.methods.conformer",
+    "Convpass": "epitaxy.methods.convpass",
+    "GridConv": "epitaxy.methods.grid_conv",
     "Head": "epitaxy.methods.head",
     "LoRA": "epitaxy.methods.lora",
     "NormTuning": "epitaxy.methods.norm_tuning",
@@ -57,6 +60,9 @@ if TYPE_CHECKING:
     from epitaxy.interop import save as save
     from epitaxy.methods.bitfit import BitFit as BitFit
     from epitaxy.methods.bottleneck import Bottleneck as Bottleneck
+    from epitaxy.methods.conformer import Conformer as Conformer
+    from epitaxy.methods.convpass import Convpass as Convpass
+    from epitaxy.methods.grid_conv import GridConv as GridConv
     from epitaxy.methods.head import Head as Head
     from epitaxy.methods.lora import LoRA as LoRA
     from epitaxy.methods.norm_tuning import NormTuning as NormTuning

@@ -4,10 +4,10 @@
 
 One module at the width of ViT-B and AST (768), forward and backward, the same weights on every side.
 
-Dense-MoA: "stacked outputs" runs every expert on all tokens, holds the E results side by side and weights them; "running
-sum" adds each weighted result to the last one.  Soft-MoA: "slot by slot" writes every slot's average and every
-slot's share of the output by itself; "expert by expert" takes the averages of all slots in one product each, and only
-the experts one after the other.
+Dense-MoA: "stacked outputs" runs every expert on all tokens, holds the E results side by side and weights them;
+"running sum" adds each weighted result to the last one.  Soft-MoA: "slot by slot" writes every slot's average and
+every slot's share of the output by itself; "expert by expert" takes all averages in one product and all shares in
+another, and only the experts one after the other.
 """
 
 from __future__ import annotations

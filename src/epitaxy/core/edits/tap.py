@@ -12,10 +12,16 @@ from epitaxy.core.route import Route
 
 
 class Memo:
-    """Holds one tensor between two modules of one forward pass, and nothing at rest."""
+    """Holds one tensor between two modules of one forward pass, and nothing in copies or pickles.
+
+    Gradient checkpointing may end its second pass between the two; the tensor then stays until the next pass.
+    """
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, None]:
+        return {"value": None}
 
     def take(self) -> Tensor:
         """Return the tensor and forget it."""

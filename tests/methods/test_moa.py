@@ -319,3 +319,46 @@ def test_a_checkpointed_pass_leaves_nothing_in_copies() -> None:
     assert all(memo.value is None for memo in memos)
     with torch.no_grad():
         torch.testing.assert_close(family.run(twin), family.run(model))
+
+
+def test_soft_mixture_is_refused_where_tokens_may_not_look_ahead() -> None:
+    from transformers import WhisperConfig, WhisperModel
+
+    config = WhisperConfig(
+        vocab_size=20,
+        num_mel_bins=8,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_source_positions=10,
+        max_target_positions=10,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    model = WhisperModel(config)
+    with pytest.raises(UnsupportedError, match="read all tokens, later ones too"):
+        epitaxy.attach(model, SoftMoA())
+    assert epitaxy.adapters(model) == {}
+    assert len(epitaxy.attach(model, SoftMoA(at="encoder.layers.*.self_attn")).edits) == 1
+    epitaxy.attach(model, DenseMoA(), name="dense")
+
+
+@pytest.mark.parametrize("make", [DenseMixture, lambda experts: SoftMixture(experts, slots=2, normalise=True)])
+def test_autocast(make: Any) -> None:
+    torch.manual_seed(0)
+    mixture = make(Experts(3, 16, 4, 16, "convpass"))
+    for parameter in mixture.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 9, 16, requires_grad=True)
+    expected = mixture(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = mixture(x)
+        out.float().square().sum().backward()
+    torch.testing.assert_close(out.float().detach(), expected, rtol=0.1, atol=0.05)
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in mixture.parameters())

@@ -45,6 +45,27 @@ DECLARED = (
         says="no module of the kind 'conv'",
     ),
     Limit(
+        "soft_moa*",
+        "llama mistral gpt2",
+        "attaches",
+        "its slots are averages of all tokens, and a causal model may not look ahead",
+        says="read all tokens, later ones too",
+    ),
+    Limit(
+        "dense_moa_convpass",
+        "llama mistral gpt2",
+        "attaches",
+        "its convolution reads the next token, and a causal model may not look ahead",
+        says="reads the next token",
+    ),
+    Limit(
+        "dense_moa_legacy",
+        "swin",
+        "attaches",
+        "the published second addition needs an attention whose output has the feed-forward's shape, not windows",
+        says="one result cannot be added to both",
+    ),
+    Limit(
         "prompt*",
         "swin",
         "attaches",

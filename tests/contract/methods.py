@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import epitaxy
-from epitaxy import BitFit, Bottleneck, Head, LoRA, NormTuning, Prefix, Prompt
+from epitaxy import BitFit, Bottleneck, DenseMoA, Head, LoRA, NormTuning, Prefix, Prompt, SoftMoA
 from epitaxy.core.registry import methods_in
 
 CONVOLUTIONS = {"wav2vec2": "*conv_layers.*.conv"}  # its positional convolution is grouped, which LoRA refuses
@@ -45,6 +45,21 @@ WRITTEN = (
     Variant("bottleneck_parallel", "Bottleneck, parallel", lambda family: Bottleneck.parallel(12)),
     Variant("bottleneck_houlsby", "Bottleneck, Houlsby", lambda family: Bottleneck.houlsby(12)),
     Variant("bottleneck_pfeiffer", "Bottleneck, Pfeiffer", lambda family: Bottleneck.pfeiffer(12)),
+    Variant("dense_moa", "Dense-MoA", lambda family: DenseMoA(experts=3, bottleneck=4)),
+    Variant(
+        "dense_moa_convpass",
+        "Dense-MoA, Convpass experts",
+        lambda family: DenseMoA(at="mlp", experts=2, bottleneck=3, expert="convpass"),
+    ),
+    Variant(
+        "dense_moa_legacy", "Dense-MoA, as published", lambda family: DenseMoA(experts=2, bottleneck=3, legacy=True)
+    ),
+    Variant("soft_moa", "Soft-MoA", lambda family: SoftMoA(experts=3, bottleneck=4)),
+    Variant(
+        "soft_moa_normalised",
+        "Soft-MoA, normalised, 2 slots, Convpass experts",
+        lambda family: SoftMoA(at="mlp", experts=2, slots=2, bottleneck=3, expert="convpass", normalise=True),
+    ),
     Variant("prompt", "Prompt, shallow", lambda family: Prompt(tokens=3)),
     Variant("prompt_deep", "Prompt, deep", lambda family: Prompt(tokens=3, deep=True)),
     Variant("prefix", "Prefix, joint", lambda family: Prefix(tokens=3)),

@@ -26,7 +26,8 @@ class Spot:
     """One place that plays a role.
 
     ``path`` is the module whose output is the role's output; ``entry`` the module that receives the role's input,
-    where that is another one (BERT's feed-forward enters at ``intermediate`` and leaves at ``output.dense``).
+    where that is another one (BERT's feed-forward enters at ``intermediate`` and leaves at ``output.dense``);
+    ``causal`` says of a block that its tokens see no later ones.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Spot:
     entry: str | None = None
     heads: int | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Anatomy:
     causal: bool = False
     trunk: str | None = None
     token_obstacle: str | None = None
+    grid_obstacle: str | None = None
     last: str | None = None
     special: int = 0
     distillation: int | None = None
@@ -68,6 +71,10 @@ class Anatomy:
         if role not in self.roles:
             raise SiteError(f"{self.family} has no role {role!r}{nearest(role, self.roles)}")
         return self.roles[role]
+
+    def block_of(self, path: str) -> Spot | None:
+        """The block that ``path`` is or lies in."""
+        return next((spot for spot in self.roles.get("block", ()) if f"{path}.".startswith(f"{spot.path}.")), None)
 
 
 def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
@@ -94,7 +101,8 @@ def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
     obstacle = next((known.token_obstacle for _, known in blocks if known.token_obstacle), None)
     if not blocks:
         obstacle = "it has no transformer blocks that were recognised"
-    obstacle = obstacle or _grid_obstacle(modules, blocks) or _stack_obstacle(blocks)
+    grid = _grid_obstacle(modules, blocks)
+    obstacle = obstacle or grid or _stack_obstacle(blocks)
     special, distillation = _special_tokens(modules, blocks)
     return Anatomy(
         _family(model),
@@ -102,6 +110,7 @@ def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
         causal,
         trunk,
         obstacle,
+        grid,
         _last(roles, modules, blocks, layout),
         special,
         distillation,
@@ -138,8 +147,8 @@ def _fits(block: str, layout: Layout, modules: dict[str, nn.Module]) -> bool:
 def _add_block(
     roles: dict[str, list[Spot]], block: str, layer: int, layout: Layout, modules: dict[str, nn.Module]
 ) -> None:
-    heads = _heads(modules, block, layout)
-    roles.setdefault("block", []).append(Spot(block, layer, heads=heads))
+    heads, causal = _heads(modules, block, layout), _is_causal(modules, block, layout)
+    roles.setdefault("block", []).append(Spot(block, layer, heads=heads, causal=causal))
     for role, part in layout.parts.items():
         path = f"{block}.{part.exit}"
         entry = f"{block}.{part.entry}" if part.entry is not None else None
@@ -157,6 +166,13 @@ def _attention_parts(role: str, block: str, layout: Layout, modules: dict[str, n
             named[name] = layout.parts[f"{role}.{name}"]
     paths = {name: f"{block}.{part.exit}" for name, part in named.items()}
     return {name: path for name, path in paths.items() if path in modules}
+
+
+def _is_causal(modules: dict[str, nn.Module], block: str, layout: Layout) -> bool:
+    """By the layout, or (decoders that share a layout with encoders) by what the attention module says of itself."""
+    attention = layout.parts.get("attention")
+    module = modules.get(f"{block}.{attention.exit}") if attention is not None else None
+    return layout.causal or getattr(module, "is_causal", False) is True
 
 
 def _heads(modules: dict[str, nn.Module], block: str, layout: Layout) -> int | None:

@@ -237,7 +237,12 @@ OUTER_ROLES: dict[str, tuple[str, ...]] = {
     "transformer.norm": (r"(.*\.)?attentions\.\d+\.norm",),
     "transformer.proj_in": (r"(.*\.)?attentions\.\d+\.proj_in",),
     "transformer.proj_out": (r"(.*\.)?attentions\.\d+\.proj_out",),
-    "patch": (r"(.*\.)?patch_embeddings\.projection", r"(.*\.)?patch_embed\.proj"),
+    "patch": (
+        r"(.*\.)?patch_embeddings\.projection",
+        r"(.*\.)?patch_embed\.proj",
+        r"(.*\.)?embeddings\.patch_embedding",
+    ),
+    "frames": (r"(.*\.)?feature_extractor\.conv_layers\.\d+\.conv", r"(.*\.)?encoder\.conv2", r"conv2"),
     "embed": (r"(.*\.)?(embed_tokens|wte|word_embeddings)",),
     "norm.final": (
         r"(.*\.)?(layernorm|ln_f|norm)",

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from epitaxy.core.anatomy import TYPE_ROLES, Anatomy, Spot, base_modules, is_linear, is_norm, linear_sizes, weight_of
-from epitaxy.core.errors import SiteError, nearest
+from epitaxy.core.errors import SiteError, UnsupportedError, nearest
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,31 @@ class Site:
     last_path: str = ""
     hidden_width: int | None = None
     patch: int | None = None
+    causal: bool = False
 
     def require_width(self) -> int:
         """Width of the features at this site; raises ``SiteError`` where it cannot be told from the weights."""
         if self.width is None:
             raise SiteError(f"cannot tell the feature width of {self.path!r} ({type(self.module).__name__})")
         return self.width
+
+    def reduced(self, rate: float) -> int:
+        """Hidden width ``round(width / rate)``, halves to even as Python rounds; raises ``SiteError`` where it is 0."""
+        width = self.require_width()
+        if not rate > 0 or round(width / rate) < 1:
+            raise SiteError(
+                f"reduction: a width of {width} divided by {rate:g} leaves no hidden unit at {self.path!r}; "
+                f"expected a rate between 0 and {2 * width}"
+            )
+        return round(width / rate)
+
+    def refuse_causal(self) -> None:
+        """Raise ``UnsupportedError`` where mixing neighbouring tokens would let a token see later ones."""
+        if self.causal:
+            raise UnsupportedError(
+                f"a convolution over tokens cannot sit at {self.path!r}: it would let tokens of this causal block "
+                "see later ones"
+            )
 
 
 def select(
@@ -137,6 +156,7 @@ def _site(
     sees = modules[spot.entry] if spot.entry else module
     incoming, outgoing = width_in(sees), width_out(module)
     width = outgoing or incoming
+    block = anatomy.block_of(spot.path)
     return Site(
         key=anatomy.keys.get(spot.path, spot.path),
         role=role,
@@ -155,6 +175,7 @@ def _site(
         last_path=last,
         hidden_width=None if anatomy.last is None else width_out(modules[anatomy.last]),
         patch=_patch_size(anatomy, modules),
+        causal=block is not None and block.causal,
     )
 
 

@@ -263,7 +263,7 @@ def _plan_others(
         plan.parts.append(NormTuning(at, layers=layers))
     if biases:
         at, layers = where(model, anatomy, biases)
-        plan.parts.append(BitFit(at, layers))
+        plan.parts.append(BitFit(at, layers=layers))
 
 
 def _saved(

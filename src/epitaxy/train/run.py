@@ -14,6 +14,8 @@ from torch import nn
 from epitaxy.core.files import TENSORS, save
 from epitaxy.core.registry import methods_in
 from epitaxy.data.splits import Splits
+from epitaxy.methods.expert_use import expert_use
+from epitaxy.methods.mixture import mixtures_of
 from epitaxy.tasks.metrics import Metrics
 from epitaxy.train import run_directory, samples
 from epitaxy.train.config import TrainResult
@@ -24,6 +26,8 @@ from epitaxy.train.prepare import Prepared, prepare
 from epitaxy.train.recipe import Recipe
 from epitaxy.train.run_directory import ADAPTER, MODEL, RESULT, SAMPLES, claim, read_json, require_claimable, write_json
 from epitaxy.train.saving import save_model, weight_bytes
+
+SIZES = ("rank", "experts", "slots", "bottleneck", "tokens")  # fields that say how large a method is
 
 
 def leads() -> bool:
@@ -73,7 +77,7 @@ def _finish(recipe: Recipe, ready: Prepared, trained: TrainResult, out: Path, be
     tested = ready.task.evaluate(ready.opened.model, ready.splits.test, batch)
     _write_predictions(out, ready, tested, recipe.samples)
     _keep(recipe, out, ready, tested)
-    result = _result(recipe, ready, trained, tested, out)
+    result = {**_result(recipe, ready, trained, tested, out), **_expert_use(ready, batch)}
     write_json(out / RESULT, {**result, "seconds": time.perf_counter() - began})
 
 
@@ -94,6 +98,15 @@ def _keep(recipe: Recipe, out: Path, ready: Prepared, tested: Metrics) -> None:
         **({FRONT_END: front_end} if front_end is not None else {}),
     }
     save(ready.opened.model, out / ADAPTER, recipe.name)
+
+
+def _expert_use(ready: Prepared, batch: int) -> dict[str, Any]:
+    """How a mixture of adapters uses its experts on the validation data; nothing for other methods."""
+    if ready.adapter is None or not mixtures_of(ready.adapter):
+        return {}
+    with expert_use(ready.adapter) as counted:
+        ready.task.evaluate(ready.opened.model, ready.splits.validation, batch)
+    return {"expert_use": counted()}
 
 
 def _write_predictions(out: Path, ready: Prepared, tested: Metrics, count: int) -> None:
@@ -149,7 +162,7 @@ def method_title(recipe: Recipe) -> str:
         return "full fine-tuning"
     parts = []
     for part in methods_in(recipe.adapter_method()):
-        sizes = [f"{name} {getattr(part, name)}" for name in ("rank", "bottleneck", "tokens") if hasattr(part, name)]
+        sizes = [f"{name} {getattr(part, name)}" for name in SIZES if hasattr(part, name)]
         deep = ["deep"] if getattr(part, "deep", False) else []
         details = ", ".join([*deep, *sizes])
         parts.append(f"{part.method_name} ({details})" if details else str(part.method_name))

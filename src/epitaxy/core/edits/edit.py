@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epitaxy.core.errors import UnsupportedError
@@ -112,6 +113,11 @@ def cast(weight: Tensor, like: Tensor) -> Tensor:
 def wide(value: Tensor) -> Tensor:
     """``value`` in the precision that sums are taken in: fp32, and fp64 as it is."""
     return value if value.dtype == torch.float64 else value.float()
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``layer(x)``, computed in the type of ``x``."""
+    return F.linear(x, cast(layer.weight, x), cast(layer.bias, x))
 
 
 def refuse_quantised(host: nn.Module) -> None:

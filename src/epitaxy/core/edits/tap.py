@@ -14,6 +14,7 @@ from epitaxy.core.route import Route
 class Memo:
     """Holds one tensor between two modules of one forward pass, and nothing at rest.
 
+    A pass that stops halfway, as recomputed blocks do, may leave a tensor behind; it is not copied with the model.
     ``cut`` says that the tensor was computed without a graph, as in a block under reentrant checkpointing.
     """
 
@@ -21,17 +22,14 @@ class Memo:
         self.value: Tensor | None = None
         self.cut = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"value": None, "cut": False}
+
     def take(self) -> Tensor:
         """Return the tensor and forget it."""
         value, self.value = self.value, None
         assert value is not None, "the tapped module did not run before the module that needs it"
         return value
-
-    def __getstate__(self) -> dict[str, object]:
-        return {
-            "value": None,
-            "cut": False,
-        }  # a checkpointed block runs again in the backward pass and leaves a tensor here
 
 
 class Tap(Edit):

@@ -17,6 +17,7 @@ from epitaxy.core.errors import EpitaxyError
 from epitaxy.train.recipe import RecipeError
 from epitaxy.train.run_directory import write_json
 from tests.cli.conftest import Epitaxy, epitaxy  # noqa: F401  (a fixture)
+from tests.report.page_parser import Page
 
 BASE = """\
 # The base of the grid
@@ -161,6 +162,8 @@ def test_a_grid_of_pictures_runs_resumes_and_tells(grid: Path, epitaxy: Epitaxy)
     text = Path("runs/digits/grid.md").read_text()
     assert f"| Probe | {two['score']:.1f} ± {two['over_seeds']:.1f} (30.0, {two['difference']:+.1f}) |" in text
     assert "standard deviation over seeds" in text
+    assert Page(Path("runs/digits/grid.html")).faults == []
+    assert Page(Path("runs/digits/two.html")).faults == []
     page = Path("runs/digits/grid.html").read_text()
     assert page.count("<svg") == 4  # two curves, and accuracy against size in both columns
     assert "Digits: published" in page

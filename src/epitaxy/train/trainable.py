@@ -46,9 +46,7 @@ class Trainable:
 
     def groups(self, weight_decay: float, everything: bool = False) -> list[dict[str, Any]]:
         """Parameter groups: unless ``everything`` decays, biases, norms and other vectors do not."""
-        decaying = {
-            key: everything or (p.dim() > 1 and not key.endswith("bias")) for key, p in self.parameters.items()
-        }
+        decaying = {key: everything or (p.dim() > 1 and not key.endswith("bias")) for key, p in self.parameters.items()}
         return [
             {"params": [p for key, p in self.parameters.items() if decaying[key] is flag], "weight_decay": decay}
             for flag, decay in ((True, weight_decay), (False, 0.0))

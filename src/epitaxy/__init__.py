@@ -30,11 +30,16 @@ _PUBLIC = {
     "EpitaxyError": "epitaxy.core.errors",
     "BitFit": "epitaxy.methods.bitfit",
     "Bottleneck": "epitaxy.methods.bottleneck",
+    "Conformer": "epitaxy.methods.conformer",
+    "Convpass": "epitaxy.methods.convpass",
+    "DenseMoA": "epitaxy.methods.dense_moa",
+    "GridConv": "epitaxy.methods.grid_conv",
     "Head": "epitaxy.methods.head",
     "LoRA": "epitaxy.methods.lora",
     "NormTuning": "epitaxy.methods.norm_tuning",
     "Prefix": "epitaxy.methods.prefix",
     "Prompt": "epitaxy.methods.prompt",
+    "SoftMoA": "epitaxy.methods.soft_moa",
 }
 
 if TYPE_CHECKING:
@@ -57,11 +62,16 @@ if TYPE_CHECKING:
     from epitaxy.interop import save as save
     from epitaxy.methods.bitfit import BitFit as BitFit
     from epitaxy.methods.bottleneck import Bottleneck as Bottleneck
+    from epitaxy.methods.conformer import Conformer as Conformer
+    from epitaxy.methods.convpass import Convpass as Convpass
+    from epitaxy.methods.dense_moa import DenseMoA as DenseMoA
+    from epitaxy.methods.grid_conv import GridConv as GridConv
     from epitaxy.methods.head import Head as Head
     from epitaxy.methods.lora import LoRA as LoRA
     from epitaxy.methods.norm_tuning import NormTuning as NormTuning
     from epitaxy.methods.prefix import Prefix as Prefix
     from epitaxy.methods.prompt import Prompt as Prompt
+    from epitaxy.methods.soft_moa import SoftMoA as SoftMoA
 
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import __main__ as everything
-from benchmarks import inactive, lora_vs_peft, many_adapters
+from benchmarks import audio_front_end, inactive, lora_vs_peft, many_adapters, moa
 from benchmarks.bases import SHAPES
 
 import epitaxy
@@ -76,6 +76,31 @@ def test_inactive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"inactive / bare", "control / bare"} <= stored["tables"][0]["rows"][0].keys()
 
 
+def test_mixtures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = results(moa, tmp_path, monkeypatch)["tables"][0]["rows"]
+    assert [(row["mixture"], row["experts"]) for row in rows[::3]] == [
+        (kind, count) for kind in ("Dense-MoA", "Soft-MoA") for count in (7, 14)
+    ]
+    kept = {(row["experts"], row["way"]): row["kept / ours"] for row in rows if row["mixture"] == "Dense-MoA"}
+    assert kept[7, "stacked outputs"] > 2  # bytes: the same on any machine
+
+
+@pytest.mark.parametrize("kind", ["Dense-MoA", "Soft-MoA"])
+def test_every_way_of_a_mixture_is_the_same_function(kind: str) -> None:
+    modules = moa.sides(kind, 3, 16)
+    u = torch.randn(2, 5, 16)
+    outputs, gradients = {}, {}
+    for name, module in modules.items():
+        x = u.clone().requires_grad_()
+        outputs[name] = module(x)
+        outputs[name].square().sum().backward()
+        gradients[name] = x.grad
+    assert len(outputs) == 3
+    for name in outputs:
+        torch.testing.assert_close(outputs[name], outputs["ours"])
+        torch.testing.assert_close(gradients[name], gradients["ours"])
+
+
 def test_the_page_shows_every_stored_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = results(inactive, tmp_path, monkeypatch)
     text = everything.page(tmp_path)
@@ -94,3 +119,10 @@ def test_attaching_the_thousandth_walks_only_the_base() -> None:
         epitaxy.attach(model, many_adapters.METHOD, f"a{number}")
     assert base_modules(model) == before
     assert list(base_modules(model)) == [path for path, _ in model.named_modules() if "epitaxy" not in path.split(".")]
+
+
+def test_audio_front_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = results(audio_front_end, tmp_path, monkeypatch)
+    extractor, cache = stored["tables"]
+    assert len(extractor["rows"]) == 2
+    assert cache["rows"][0]["cached / computed"]["median"] < 0.8

@@ -221,3 +221,17 @@ def test_report_of_a_real_run(finished: Path) -> None:
     assert "lora.attention.q" in page
     assert sum(SIZES.values()) * 3 == 51  # what the counts below are made of
     assert "24 training, 12 validation, 15 test" in page
+
+
+def test_a_mixture_reports_how_it_uses_its_experts(epitaxy: Epitaxy, recipe: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "mixture.yaml", tmp_path / "run"
+    mixture = "{method: soft_moa, experts: 3, slots: 2, bottleneck: 2}"
+    file.write_text(recipe.read_text().replace("{method: lora, rank: 2}", mixture))
+    assert epitaxy("train", file, f"out={out}", "train.epochs=1").code == 0
+    result = _result(out)
+    assert result["method"] == "soft_moa (experts 3, slots 2, bottleneck 2) + head"
+    assert list(result["expert_use"]) == ["soft_moa.attention.0", "soft_moa.attention.1"]
+    for place in result["expert_use"].values():
+        assert sum(place["weight"]) == pytest.approx(1, abs=1e-5)
+        assert place["tokens"] == 12 * 5  # validation pictures, each of four patches and a class token
+    assert "Expert use" in (out / "report.html").read_text()

@@ -19,6 +19,8 @@ FIRST = (  # the others are variations of these
     "lora",
     "lora_conv",
     "bottleneck_parallel",
+    "dense_moa",
+    "soft_moa",
     "prompt_deep",
     "prefix",
     "bitfit",

@@ -45,6 +45,27 @@ DECLARED = (
         says="no module of the kind 'conv'",
     ),
     Limit(
+        "soft_moa*",
+        "llama mistral gpt2",
+        "attaches",
+        "its slots are averages of all tokens, and a causal model may not look ahead",
+        says="read all tokens, later ones too",
+    ),
+    Limit(
+        "dense_moa_convpass",
+        "llama mistral gpt2",
+        "attaches",
+        "its convolution reads the next token, and a causal model may not look ahead",
+        says="reads the next token",
+    ),
+    Limit(
+        "dense_moa_legacy",
+        "swin",
+        "attaches",
+        "the published second addition needs an attention whose output has the feed-forward's shape, not windows",
+        says="one result cannot be added to both",
+    ),
+    Limit(
         "prompt*",
         "swin",
         "attaches",
@@ -66,11 +87,18 @@ DECLARED = (
         says="no module of the kind 'bias'",
     ),
     Limit(
-        "head head_labels lora_bitfit_head",
+        "head head_labels head_pooled lora_bitfit_head",
         "sd15 sdxl",
         "attaches",
         "a denoiser has no task head",
         says="'head' matches no role",
+    ),
+    Limit(
+        "head_pooled prompt_pooled",
+        "llama mistral gpt2",
+        "attaches",
+        "a language model predicts a token at every position, a pooled head one output for the whole sequence",
+        says="use a model for classification",
     ),
     Limit(
         "head_labels",
@@ -80,7 +108,7 @@ DECLARED = (
         how="differs",
     ),
     Limit(
-        "head head_labels lora_bitfit_head",
+        "head head_labels head_pooled prompt_pooled lora_bitfit_head",
         "*",
         "together",
         "two heads cannot both be the output layer",

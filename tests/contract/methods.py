@@ -8,10 +8,12 @@ from functools import cache
 from typing import Any
 
 import epitaxy
-from epitaxy import BitFit, Bottleneck, Head, LoRA, NormTuning, Prefix, Prompt
+from epitaxy import BitFit, Bottleneck, DenseMoA, Head, LoRA, NormTuning, Prefix, Prompt, SoftMoA
 from epitaxy.core.registry import methods_in
 
 CONVOLUTIONS = {"wav2vec2": "*conv_layers.*.conv"}  # its positional convolution is grouped, which LoRA refuses
+
+PATCHED = ("vit", "dinov2", "ast")  # without a patch embedding the published start of prompts is not defined
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,21 @@ WRITTEN = (
     Variant("bottleneck_parallel", "Bottleneck, parallel", lambda family: Bottleneck.parallel(12)),
     Variant("bottleneck_houlsby", "Bottleneck, Houlsby", lambda family: Bottleneck.houlsby(12)),
     Variant("bottleneck_pfeiffer", "Bottleneck, Pfeiffer", lambda family: Bottleneck.pfeiffer(12)),
+    Variant("dense_moa", "Dense-MoA", lambda family: DenseMoA(experts=3, bottleneck=4)),
+    Variant(
+        "dense_moa_convpass",
+        "Dense-MoA, Convpass experts",
+        lambda family: DenseMoA(at="mlp", experts=2, bottleneck=3, expert="convpass"),
+    ),
+    Variant(
+        "dense_moa_legacy", "Dense-MoA, as published", lambda family: DenseMoA(experts=2, bottleneck=3, legacy=True)
+    ),
+    Variant("soft_moa", "Soft-MoA", lambda family: SoftMoA(experts=3, bottleneck=4)),
+    Variant(
+        "soft_moa_normalised",
+        "Soft-MoA, normalised, 2 slots, Convpass experts",
+        lambda family: SoftMoA(at="mlp", experts=2, slots=2, bottleneck=3, expert="convpass", normalise=True),
+    ),
     Variant("prompt", "Prompt, shallow", lambda family: Prompt(tokens=3)),
     Variant("prompt_deep", "Prompt, deep", lambda family: Prompt(tokens=3, deep=True)),
     Variant("prefix", "Prefix, joint", lambda family: Prefix(tokens=3)),
@@ -51,6 +68,20 @@ WRITTEN = (
     Variant("norm_tuning", "NormTuning", lambda family: NormTuning()),
     Variant("head", "Head, a copy of the base's", lambda family: Head()),
     Variant("head_labels", "Head, 5 labels", lambda family: Head(labels=5)),
+    Variant("head_pooled", "Head on the mean of all tokens", lambda family: Head(pool="all")),
+    Variant(
+        "prompt_pooled",
+        "Prompt as published for AST + Head on prompts and patches",
+        lambda family: (
+            Prompt(
+                tokens=3,
+                deep=True,
+                init="vpt" if family in PATCHED else "normal",
+                drop_distillation=family == "ast",
+            )
+            + Head(pool="prompts+patches")
+        ),
+    ),
     Variant("lora_bitfit_head", "LoRA + BitFit + Head", lambda family: LoRA(rank=2) + BitFit() + Head()),
     Variant("lora_prefix", "LoRA + joint Prefix", lambda family: LoRA(rank=2) + Prefix(tokens=2)),
     Variant(

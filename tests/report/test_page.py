@@ -101,6 +101,27 @@ def test_readable_without_eyes(page: Page) -> None:
     assert {f"#{name}" for name in SECTIONS} == {attributes["href"] for attributes in page.named("a")}
 
 
+def test_expert_use_of_a_mixture(make_run: MakeRun) -> None:
+    run = make_run()
+    result = json.loads((run / "result.json").read_text())
+    place = {"experts": 3, "weight": [0.5, 0.48, 0.02], "first": [0.6, 0.4, 0.0], "entropy": 0.71, "tokens": 9}
+    other = {**place, "weight": [0.3, 0.3, 0.4], "dead": [], "dispatch_entropy": [0.2, 0.4, 0.6]}
+    result["expert_use"] = {
+        "soft_moa.attention.0": {**place, "dead": [2], "dispatch_entropy": [0.5, 0.7, 0.9]},
+        "soft_moa.attention.10": other,
+        "dense_moa.mlp.3": {**place, "dead": [2]},
+    }
+    (run / "result.json").write_text(json.dumps(result))
+    page = Page(build_report(run))
+    assert page.faults == []
+    assert [attributes["id"] for attributes in page.named("section")] == [*SECTIONS[:3], "experts", *SECTIONS[3:]]
+    told = [attributes["title"] for attributes in page.named("td") if "expert" in attributes.get("title", "")]
+    assert len(told) == 9
+    assert told[2] == "layer 0, expert 2: weight 2.0 %, first choice of 0.0 % of the tokens"
+    for expected in ("soft_moa.attention: 3 experts", "dense_moa.mlp: 3 experts", "0.71", "0.70", "0.40", "none"):
+        assert expected in page.text, expected
+
+
 def test_unfinished_run(make_run: MakeRun) -> None:
     page = Page(build_report(make_run(finished=False)))
     assert page.faults == []

@@ -1,1 +1,1 @@
-"""Measuring time and memory of adapted models against a named peer, and tables of the results."""
+"""Measuring: time and memory against a named peer, grids of runs against published numbers, and their tables."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from epitaxy.cli import demo, doctor, eval, export, inspect, merge, methods, plan, report, train
+from epitaxy.cli import bench, demo, doctor, eval, export, inspect, merge, methods, plan, predict, report, train
 from epitaxy.version import __version__
 
 EPILOG = "Recipes ship with the package: try `epitaxy plan demo/lora`, then `epitaxy train demo/lora`."
@@ -41,7 +41,7 @@ def options(
     """Options that stand before or after any verb."""
 
 
-for verb in (demo, train, eval, plan, inspect, methods, merge, export, report, doctor):
+for verb in (demo, train, eval, predict, plan, bench, inspect, methods, merge, export, report, doctor):
     app.command(verb.__name__.rpartition(".")[2])(verb.command)
 
 

@@ -15,7 +15,7 @@ import typer
 from epitaxy.cli import arguments
 
 NEEDED = {"torch": "2.6", "transformers": "5.0", "accelerate": "1.10", "safetensors": "0.5", "numpy": "1.26"}
-OPTIONAL = {"diffusers": "0.36", "peft": "0.20", "datasets": "3", "soundfile": "0.12", "timm": "0"}
+OPTIONAL = {"diffusers": "0.36", "peft": "0.20", "datasets": "3", "soundfile": "0.12", "soxr": "0.5", "timm": "0"}
 BELOW = {"transformers": "6", "diffusers": "1"}
 FREE = 2 * 1000**3  # bytes
 

@@ -22,7 +22,7 @@ def command(
     What the format cannot hold is refused with the reason; nothing is left out silently.
     """
     from epitaxy.cli.console import say
-    from epitaxy.cli.opening import adapter_in, classes_of, open_base, source_of
+    from epitaxy.cli.opening import adapter_in, open_base, source_of
     from epitaxy.core.errors import EpitaxyError
     from epitaxy.core.files import format_named
     from epitaxy.interop import inspect, load, save
@@ -34,7 +34,7 @@ def command(
     file = adapter_in(adapter)
     contents = inspect(file)
     source = base or source_of(contents)
-    opened = open_base(source, classes_of(contents))
+    opened = open_base(source, contents)
     loaded = load(opened.model, file)
     save(opened.model, out, loaded.name, to)
     written = inspect(out)

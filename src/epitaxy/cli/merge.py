@@ -22,7 +22,7 @@ def command(
     Outputs are compared before and after, and the drift is printed.
     """
     from epitaxy.cli.console import say
-    from epitaxy.cli.opening import adapter_in, classes_of, open_base
+    from epitaxy.cli.opening import adapter_in, open_base
     from epitaxy.core.merge import merge
     from epitaxy.interop import inspect, load
     from epitaxy.train.saving import require_free, save_model, weight_bytes
@@ -30,7 +30,7 @@ def command(
     require_free(out)
     file = adapter_in(adapter)
     contents = inspect(file)
-    opened = open_base(base, classes_of(contents))
+    opened = open_base(base, contents)
     loaded = load(opened.model, file)
     report = merge(opened.model, loaded.name, tolerance=tolerance)
     save_model(opened.model, opened.processor, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,12 +50,17 @@ def classes_of(contents: Contents) -> list[str] | None:
     return [str(name) for name in classes] if isinstance(classes, list) else None
 
 
-def open_base(source: str, classes: Sequence[str] | None) -> Base:
-    """Open a classifier of ``classes``, or without them the model class that the source's own config names."""
-    from epitaxy.models.opening import open_classifier
+def open_base(source: str, contents: Contents) -> Base:
+    """Open the classifier that an adapter was trained on, or the model class that the source's own config names."""
+    from epitaxy.data.audio.front_end import build
+    from epitaxy.train.hearing import open_for, stored_spec
 
+    classes = classes_of(contents)
     if classes is not None:
-        opened = open_classifier(source, classes)
+        spec = stored_spec(contents.provenance, str(contents.path))
+        opened = open_for(source, classes, "float32", spec)
+        if spec is not None:
+            build(spec, opened.processor)  # which sets the statistics that the merged model is saved with
         return Base(opened.model, opened.processor, source)
     return _open_any(source)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,6 +55,7 @@ def _print(plan: Plan) -> None:
             ("method", plan.title),
             ("base", f"{plan.base}, {plan.base_parameters:,} parameters, task head {plan.head}"),
             ("data", f"{plan.data['source']}: {classes} classes; examples: {examples}; {skipped} skipped"),
+            *([("front end", _front_end(plan.data["front_end"]))] if plan.data["front_end"] else []),
             ("trains", f"{plan.trained_parameters:,} parameters, {share:.2%} of the base's number"),
             ("stores", f"{plan.stored_parameters:,} values, {plan.file_bytes:,} bytes ({size(plan.file_bytes)})"),
             ("steps", f"{plan.steps:,}"),
@@ -70,6 +71,12 @@ def _print(plan: Plan) -> None:
     say("exports")
     for export in plan.exports:
         say(f"  {export.name}: {'yes' if export.possible else 'no'}" + (f", {export.reason}" if export.reason else ""))
+
+
+def _front_end(settings: Mapping[str, Any]) -> str:
+    """The settings that are in force, in one line."""
+    shown = {key: value for key, value in settings.items() if value is not None and value is not False}
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
 def _print_costs(plan: Plan) -> None:

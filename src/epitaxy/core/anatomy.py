@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from epitaxy.core.errors import SiteError, nearest
-from epitaxy.core.layouts import BLOCK_LAYOUTS, HEAD_PATHS, OUTER_ROLES, Layout, Part
+from epitaxy.core.layouts import BLOCK_LAYOUTS, HEAD_PATHS, OUTER_ROLES, SPECIAL_TOKENS, Layout, Part
 
 INTERFACE_PREFIX = "epitaxy_"  # of the names of our attention implementations
 TYPE_ROLES = ("norm", "bias", "linear", "conv")
@@ -28,7 +28,8 @@ class Spot:
     """One place that plays a role.
 
     ``path`` is the module whose output is the role's output; ``entry`` the module that receives the role's input,
-    where that is another one (BERT's feed-forward enters at ``intermediate`` and leaves at ``output.dense``).
+    where that is another one (BERT's feed-forward enters at ``intermediate`` and leaves at ``output.dense``);
+    ``causal`` says of a block that its tokens see no later ones.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Spot:
     entry: str | None = None
     heads: int | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Anatomy:
 
     ``trunk`` is the inner decoder of a ``causal`` language model; ``token_obstacle`` says why the model takes no
     extra tokens; ``masked`` tells whether all its attention layers take masks of ours.
+    ``last`` is the module whose output is the last hidden states: the norm after the blocks, or the last block where
+    none follows.  ``special`` counts the tokens that lead the sequence (class, distillation, registers);
+    ``distillation`` is the position of the distillation token among them.
     """
 
     family: str
@@ -52,6 +57,10 @@ class Anatomy:
     trunk: str | None = None
     token_obstacle: str | None = None
     masked: bool = True
+    grid_obstacle: str | None = None
+    last: str | None = None
+    special: int = 0
+    distillation: int | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,6 +76,10 @@ class Anatomy:
         if role not in self.roles:
             raise SiteError(f"{self.family} has no role {role!r}{nearest(role, self.roles)}")
         return self.roles[role]
+
+    def block_of(self, path: str) -> Spot | None:
+        """The block that ``path`` is or lies in."""
+        return next((spot for spot in self.roles.get("block", ()) if f"{path}.".startswith(f"{spot.path}.")), None)
 
 
 def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
@@ -94,11 +107,22 @@ def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
     obstacle = next((known.token_obstacle for _, known in blocks if known.token_obstacle), None)
     if not blocks:
         obstacle = "it has no transformer blocks that were recognised"
-    obstacle = obstacle or _grid_obstacle(modules, blocks) or _stack_obstacle(stacks)
+    grid = _grid_obstacle(modules, blocks)
+    obstacle = obstacle or grid or _stack_obstacle(stacks)
     cores = [modules[spot.parts["core"]] for spot in roles.get("attention", ()) if "core" in spot.parts]
-    masked = all(uses_interface(core) for core in cores)
-    found = {role: tuple(spots) for role, spots in roles.items()}
-    return Anatomy(_family(model), found, trunk is not None, trunk, obstacle, masked)
+    special, distillation = _special_tokens(modules, blocks)
+    return Anatomy(
+        _family(model),
+        {role: tuple(spots) for role, spots in roles.items()},
+        causal=trunk is not None,
+        trunk=trunk,
+        token_obstacle=obstacle,
+        grid_obstacle=grid,
+        masked=all(uses_interface(core) for core in cores),
+        last=_last(roles, modules, blocks, layout),
+        special=special,
+        distillation=distillation,
+    )
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -131,8 +155,8 @@ def _fits(block: str, layout: Layout, modules: dict[str, nn.Module]) -> bool:
 def _add_block(
     roles: dict[str, list[Spot]], block: str, layer: int, layout: Layout, modules: dict[str, nn.Module]
 ) -> None:
-    heads = _heads(modules, block, layout)
-    roles.setdefault("block", []).append(Spot(block, layer, heads=heads))
+    heads, causal = _heads(modules, block, layout), _is_causal(modules, block, layout)
+    roles.setdefault("block", []).append(Spot(block, layer, heads=heads, causal=causal))
     for role, part in layout.parts.items():
         path = f"{block}.{part.exit}"
         entry = f"{block}.{part.entry}" if part.entry is not None else None
@@ -150,6 +174,13 @@ def _attention_parts(role: str, block: str, layout: Layout, modules: dict[str, n
             named[name] = layout.parts[f"{role}.{name}"]
     paths = {name: f"{block}.{part.exit}" for name, part in named.items()}
     return {name: path for name, path in paths.items() if path in modules}
+
+
+def _is_causal(modules: dict[str, nn.Module], block: str, layout: Layout) -> bool:
+    """By the layout, or (decoders that share a layout with encoders) by what the attention module says of itself."""
+    attention = layout.parts.get("attention")
+    module = modules.get(f"{block}.{attention.exit}") if attention is not None else None
+    return layout.causal or getattr(module, "is_causal", False) is True
 
 
 def _heads(modules: dict[str, nn.Module], block: str, layout: Layout) -> int | None:
@@ -170,21 +201,23 @@ def _heads(modules: dict[str, nn.Module], block: str, layout: Layout) -> int | N
 
 
 def _add_outer(roles: dict[str, list[Spot]], modules: dict[str, nn.Module], model: nn.Module) -> None:
+    head = next((path for path in HEAD_PATHS if isinstance(modules.get(path), nn.Linear)), None)
+    composite = head.rpartition(".")[0] if head else ""  # AST's has a norm, which is not the trunk's final one
     for role, patterns in OUTER_ROLES.items():
         taken = {spot.path for spots in roles.values() for spot in spots}
         for path in modules:
-            if path not in taken and any(re.fullmatch(pattern, path) for pattern in patterns):
+            if path in taken or (composite and path.startswith(composite + ".")):
+                continue
+            if any(re.fullmatch(pattern, path) for pattern in patterns):
                 roles.setdefault(role, []).append(Spot(path))
-    for path in HEAD_PATHS:
-        if isinstance(modules.get(path), nn.Linear):
+    if head is not None:
+        roles["head"] = [Spot(head)]
+        return
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if callable(get) else None
+    for path, module in modules.items():
+        if output is not None and module is output:
             roles["head"] = [Spot(path)]
-            break
-    else:
-        get = getattr(model, "get_output_embeddings", None)
-        output = get() if callable(get) else None
-        for path, module in modules.items():
-            if output is not None and module is output:
-                roles["head"] = [Spot(path)]
 
 
 def _add_by_type(roles: dict[str, list[Spot]], modules: dict[str, nn.Module]) -> None:
@@ -273,6 +306,46 @@ def _trunk(model: nn.Module, block: str, modules: dict[str, nn.Module]) -> str |
         if path and callable(getattr(module, "get_input_embeddings", None)) and block.startswith(path + "."):
             trunk = path
     return trunk
+
+
+def _last(
+    roles: dict[str, list[Spot]],
+    modules: dict[str, nn.Module],
+    blocks: list[tuple[str, Layout]],
+    described: Layout | None,
+) -> str | None:
+    """Path of the module that gives the last hidden states."""
+    if not blocks:
+        return None
+    block, layout = blocks[-1]
+    if described is not None:  # of a stranger's norms we cannot tell whether they come before the blocks or after
+        if described.final_norm is not None and described.final_norm not in modules:
+            raise SiteError(f"the layout {described.name!r} names a final norm {described.final_norm!r} that is absent")
+        return described.final_norm or block
+    if layout.name == "wav2vec2" and "StableLayerNorm" not in type(modules[block]).__name__:
+        return block  # its encoder's norm comes before the blocks
+    for spot in roles.get("norm.final", ()):
+        parent = spot.path.rpartition(".")[0]
+        if is_norm(modules[spot.path]) and (not parent or block.startswith(parent + ".")):
+            return spot.path
+    return block
+
+
+def _special_tokens(modules: dict[str, nn.Module], blocks: list[tuple[str, Layout]]) -> tuple[int, int | None]:
+    """How many tokens lead the sequence, and which of them is for distillation."""
+    told = next((known.special_tokens for _, known in blocks if known.special_tokens is not None), None)
+    if told is not None:
+        return told, None
+    for module in modules.values():
+        found = [
+            next((token for name in names if isinstance(token := getattr(module, name, None), nn.Parameter)), None)
+            for names in SPECIAL_TOKENS
+        ]
+        if found[0] is None:
+            continue
+        counts = [0 if token is None else token.numel() // token.shape[-1] for token in found]
+        return sum(counts), counts[0] if counts[1] else None
+    return 0, None
 
 
 def _grid_obstacle(modules: dict[str, nn.Module], blocks: list[tuple[str, Layout]]) -> str | None:

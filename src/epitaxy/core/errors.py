@@ -26,6 +26,13 @@ class StateError(EpitaxyError):
     """A call that contradicts the present state: unknown or duplicate names, merging twice, and the like."""
 
 
+def expect_one_of(what: str, value: object, known: Iterable[str]) -> None:
+    """Raise ``EpitaxyError`` when ``value`` of the field ``what`` is not among the ``known``."""
+    choices = tuple(known)
+    if value not in choices:
+        raise EpitaxyError(f"{what}: expected one of {', '.join(choices)}, found {value!r}")
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """Return ``"; did you mean a, b?"`` for the known words closest to ``word``, or their list when none is close."""
     choices = list(known)

@@ -14,6 +14,7 @@ from typing import Any
 from epitaxy.core.errors import SiteError
 
 _PLAIN_FIELDS = ("causal", "heads", "pattern", "token_obstacle")
+_LATER_FIELDS = ("special_tokens", "final_norm")  # absent from files that were written before they existed
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Layout:
     ``roles`` maps role names to relative paths (``"attn.q"``), or to ``Part``s where entry and exit differ.  An
     attention layer whose softmax is computed by an inner module names it as ``attention.core``; that name is for us,
     not a role to sit at.  ``pattern`` is a regular expression for block paths, for models whose blocks are not in a
-    ``ModuleList``.
+    ``ModuleList``.  ``special_tokens`` counts the tokens that lead the sequence before its content (a class token),
+    where no parameter of a known name shows them; ``final_norm`` is the full path of a norm after the last block.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Layout:
     heads: int | None = None
     pattern: str | None = None
     token_obstacle: str | None = None
+    special_tokens: int | None = None
+    final_norm: str | None = None
     parts: Mapping[str, Part] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -60,14 +64,14 @@ class Layout:
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for files."""
         roles = {role: [part.exit, part.entry] if part.entry else part.exit for role, part in self.parts.items()}
-        rest = {key: getattr(self, key) for key in _PLAIN_FIELDS}
+        rest = {key: getattr(self, key) for key in (*_PLAIN_FIELDS, *_LATER_FIELDS)}
         return {"name": self.name, "roles": roles, "optional": sorted(self.optional), **rest}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Layout:
         """The inverse of ``to_dict``; raises ``KeyError``, ``TypeError`` or ``ValueError`` on anything else."""
         roles = {role: part if isinstance(part, str) else Part(*part) for role, part in data["roles"].items()}
-        rest = {key: data[key] for key in _PLAIN_FIELDS}
+        rest = {key: data[key] for key in _PLAIN_FIELDS} | {key: data.get(key) for key in _LATER_FIELDS}
         return cls(data["name"], roles, frozenset(data["optional"]), **rest)
 
 
@@ -77,8 +81,10 @@ def _layout(
     optional: str = "",
     causal: bool = False,
     token_obstacle: str | None = None,
+    special_tokens: int | None = None,
 ) -> Layout:
-    return Layout(name, roles, frozenset(optional.split()), causal, token_obstacle=token_obstacle)
+    optional_roles = frozenset(optional.split())
+    return Layout(name, roles, optional_roles, causal, token_obstacle=token_obstacle, special_tokens=special_tokens)
 
 
 def _projections(module: str, names: str, prefix: str = "attention") -> dict[str, str]:
@@ -178,6 +184,7 @@ BLOCK_LAYOUTS: tuple[Layout, ...] = (
             "norm.attention": "attention.output.LayerNorm",
             "norm.mlp": "output.LayerNorm",
         },
+        special_tokens=1,  # its tokenizers put a class token first
     ),
     _layout(  # the audio encoder of CLAP, Swin v2
         "swin in the parts of bert",
@@ -292,7 +299,12 @@ OUTER_ROLES: dict[str, tuple[str, ...]] = {
     "transformer.norm": (r"(.*\.)?attentions\.\d+\.norm",),
     "transformer.proj_in": (r"(.*\.)?attentions\.\d+\.proj_in",),
     "transformer.proj_out": (r"(.*\.)?attentions\.\d+\.proj_out",),
-    "patch": (r"(.*\.)?patch_embeddings\.projection", r"(.*\.)?patch_embed\.proj"),
+    "patch": (
+        r"(.*\.)?patch_embeddings\.projection",
+        r"(.*\.)?patch_embed\.proj",
+        r"(.*\.)?embeddings\.patch_embedding",
+    ),
+    "frames": (r"(.*\.)?feature_extractor\.conv_layers\.\d+\.conv", r"(.*\.)?encoder\.conv2", r"conv2"),
     "embed": (r"(.*\.)?(embed_tokens|wte|word_embeddings)",),
     "norm.final": (
         r"(.*\.)?(layernorm|ln_f|norm)",
@@ -312,4 +324,12 @@ HEAD_PATHS = (
     "fc",
 )
 
-__all__ = ["BLOCK_LAYOUTS", "HEAD_PATHS", "Layout", "OUTER_ROLES", "Part"]
+LANGUAGE_HEADS = ("lm_head", "proj_out")  # they predict a token at every position
+
+SPECIAL_TOKENS = (  # parameters that lead a sequence, in its order
+    ("cls_token", "class_token", "class_embedding"),
+    ("distillation_token", "dist_token"),
+    ("register_tokens", "reg_token"),
+)
+
+__all__ = ["BLOCK_LAYOUTS", "HEAD_PATHS", "LANGUAGE_HEADS", "Layout", "OUTER_ROLES", "Part", "SPECIAL_TOKENS"]

@@ -77,6 +77,11 @@ def method(name: str, cannot: Mapping[str, str] | None = None) -> Callable[[type
     return register
 
 
+def declare(method: Any, ability: str, reason: str) -> None:
+    """Note that this method, with the fields it was given, lacks an ability its class has."""
+    object.__setattr__(method, "cannot", {ability: reason, **method.cannot})
+
+
 def _add(self: Any, other: Any) -> Composition:
     return Composition((self, *methods_in(other)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -9,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from epitaxy.core.anatomy import TYPE_ROLES, Anatomy, Spot, base_modules, is_linear, is_norm, linear_sizes, weight_of
-from epitaxy.core.errors import SiteError, nearest
+from epitaxy.core.errors import SiteError, UnsupportedError, nearest
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Site:
     """One place for an edit.
 
     ``key`` addresses the site by role and number (``attention.q.3``), independent of module paths, so that files
-    survive a renaming; ``index`` and ``count`` are its position among the sites the method asked for.
+    survive a renaming; ``index`` and ``count`` are its position among the sites the method asked for;
+    ``hidden_width`` is the width of the model's last hidden states, ``patch`` the number of positions in a patch.
     """
 
     key: str
@@ -35,12 +37,33 @@ class Site:
     part_paths: Mapping[str, str] = field(repr=False)
     anatomy: Anatomy = field(repr=False)
     last_path: str = ""
+    hidden_width: int | None = None
+    patch: int | None = None
+    causal: bool = False
 
     def require_width(self) -> int:
         """Width of the features at this site; raises ``SiteError`` where it cannot be told from the weights."""
         if self.width is None:
             raise SiteError(f"cannot tell the feature width of {self.path!r} ({type(self.module).__name__})")
         return self.width
+
+    def reduced(self, rate: float) -> int:
+        """Hidden width ``round(width / rate)``, halves to even as Python rounds; raises ``SiteError`` where it is 0."""
+        width = self.require_width()
+        if not rate > 0 or round(width / rate) < 1:
+            raise SiteError(
+                f"reduction: a width of {width} divided by {rate:g} leaves no hidden unit at {self.path!r}; "
+                f"expected a rate between 0 and {2 * width}"
+            )
+        return round(width / rate)
+
+    def refuse_causal(self) -> None:
+        """Raise ``UnsupportedError`` where mixing neighbouring tokens would let a token see later ones."""
+        if self.causal:
+            raise UnsupportedError(
+                f"a convolution over tokens cannot sit at {self.path!r}: it would let tokens of this causal block "
+                "see later ones"
+            )
 
 
 def select(
@@ -135,6 +158,7 @@ def _site(
     incoming = width_in(sees)
     outgoing = width_out(parts.get("output", module))  # an attention layer may hold other linear maps after it
     width = outgoing or incoming
+    block = anatomy.block_of(spot.path)
     return Site(
         key=anatomy.keys.get(spot.path, spot.path),
         role=role,
@@ -151,7 +175,19 @@ def _site(
         part_paths=spot.parts,
         anatomy=anatomy,
         last_path=last,
+        hidden_width=None if anatomy.last is None else width_out(modules[anatomy.last]),
+        patch=_patch_size(anatomy, modules),
+        causal=block is not None and block.causal,
     )
+
+
+def _patch_size(anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> int | None:
+    """Positions (pixels, time-frequency bins) of a patch, from the convolution that embeds patches."""
+    for spot in anatomy.roles.get("patch", ()):
+        kernel = getattr(modules[spot.path], "kernel_size", None)
+        if isinstance(kernel, tuple):
+            return math.prod(kernel)
+    return None
 
 
 def width_in(module: nn.Module) -> int | None:

@@ -108,7 +108,8 @@ def output_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         x, y = first_tensor(call), output_tensor(output)
         y = _apply(rowwise, host, x, y) if route is None else _apply_routed(rowwise, route, host, x, y)
         output = with_output(output, y)
-    for kind in dict.fromkeys(type(edit) for _, edit in live if not edit.rowwise):
+    kinds = dict.fromkeys(type(edit) for _, edit in live if not edit.rowwise)
+    for kind in (*(kind for kind in kinds if not kind.late), *(kind for kind in kinds if kind.late)):
         for group in _groups(live, kind):
             output = kind.rewrite_output(group, route, host, call, output)
     return output

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from epitaxy.core.errors import FormatError
-from epitaxy.data.decode import decode_audio, decode_image
+from epitaxy.data.audio.decoding import check_audio
+from epitaxy.data.audio.sound import Sound
+from epitaxy.data.decode import decode_image
 from epitaxy.data.spec import DataSpec, Modality, Pool, Row
 
 SHOWN = 5
@@ -27,11 +29,13 @@ class Checked:
 
 def check_rows(pool: Pool, spec: DataSpec) -> Checked:
     """Read every file once.  Raises ``FormatError`` with the count and the first names, unless ``on_bad="skip"``."""
+    if pool.missing:
+        refuse_or_skip(spec, pool.missing, len(pool.rows) + len(pool.missing), "are missing")
     unlabelled = [row for row in pool.rows if row.label is None]
     if unlabelled:
         refuse_or_skip(spec, [(row.name, "no label") for row in unlabelled], len(pool.rows), "have no label")
     checked = Checked([row for row in pool.rows if row.label is not None])
-    checked.skipped = [(row.name, "no label") for row in unlabelled]
+    checked.skipped = [*pool.missing, *((row.name, "no label") for row in unlabelled)]
     if not spec.check and pool.modality != "text":
         return checked
     if pool.modality == "text":
@@ -71,12 +75,14 @@ def _look_at_text(row: Row) -> bytes | str:
 
 def _look_at_file(row: Row, modality: Modality) -> bytes | str:
     """The digest of a readable file, or why it cannot be read."""
+    assert not isinstance(row.content, str)
     try:
+        if modality == "audio":
+            sound = Sound(row.content, row.name)
+            check_audio(sound.data(), row.name)
+            return bytes.fromhex(sound.digest())
         data = read_bytes(row)
-        if modality == "vision":
-            decode_image(data, row.name, quick=True)
-        else:
-            decode_audio(data, row.name)
+        decode_image(data, row.name, quick=True)
     except FormatError as error:
         return str(error).removeprefix(f"{row.name}: ")
     return hashlib.blake2b(data, digest_size=16).digest()

@@ -53,7 +53,7 @@ def divide(checked: Checked, plan: Plan, spec: DataSpec, notes: list[str]) -> Pa
         raise FormatError(f"{spec.source}: no training examples {'are left' if checked.skipped else 'there'}")
     shares = {role: source for role, source in plan.others.items() if isinstance(source, float)}
     if shares:
-        parts.update(_cut(parts["train"], shares, checked.digests, spec))
+        parts.update(cut(parts["train"], shares, checked.digests, spec))
         for role, share in sorted(shares.items()):
             if getattr(spec, role) is None:
                 notes.append(f"{spec.source}: no {role} split given, {share:.0%} of the training rows are used for it")
@@ -100,8 +100,8 @@ def _source_of(role: str, spec: DataSpec, names: Sequence[str], taken: Mapping[s
     return found
 
 
-def _cut(rows: list[Row], shares: Mapping[str, float], digests: Mapping[int, bytes], spec: DataSpec) -> Parts:
-    """Cut the shares from every class alike.  Copies of one file stay on one side."""
+def cut(rows: list[Row], shares: Mapping[str, float], digests: Mapping[int, bytes], spec: DataSpec) -> Parts:
+    """Cut the shares from every class alike.  Rows of equal digest, such as copies of a file, stay on one side."""
     if sum(shares.values()) >= 1:
         raise EpitaxyError(
             f"{spec.source}: validation and test take {sum(shares.values()):.0%}, nothing is left to train on"

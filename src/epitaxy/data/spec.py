@@ -6,9 +6,16 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 from epitaxy.core.errors import EpitaxyError
+from epitaxy.data.audio.spec import AudioSpec
 
 Modality = Literal["vision", "audio", "text"]
-Kind = Literal["auto", "image_folder", "audio_folder", "csv", "hub"]
+AudioSet = Literal["esc50", "urbansound8k", "speech_commands", "fluent_speech_commands", "iemocap"]
+Kind = Literal["auto", "image_folder", "audio_folder", "csv", "hub", AudioSet]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "kind": get_args(Kind),
+    "on_bad": ("error", "skip"),
+    "shots_lacking": ("error", "all"),
+}
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev"),
@@ -25,12 +32,23 @@ class DataSpec:
     to be found by the usual names; what is not found is cut from the training data, class by class (10 % and 20 %).
     ``on_bad`` says what happens to unreadable files and unlabelled rows; ``check=False`` leaves unreadable files to
     be met during training.  ``limit_per_class`` keeps so many training examples of each class,
-    ``limit_evaluation_per_class`` so many for validation and test.  The columns are those of tables and hub data
-    sets; ``sampling_rate`` in Hz (default: as stored); ``subset`` and ``revision`` choose within the hub.
+    ``limit_evaluation_per_class`` so many for validation and test.
+
+    The kinds ``esc50``, ``urbansound8k``, ``speech_commands``, ``fluent_speech_commands`` and ``iemocap`` read those
+    data sets in their official layout: ``fold`` is the fold that is tested, ``protocol`` how the others are used, and
+    ``verify=False`` accepts a copy whose counts are not the official ones.  ``shots`` is the few-shot protocol: so many
+    training examples of every class, the first of the source, or drawn by ``shots_seed``; ``shots_lacking="all"``
+    goes on where a class has fewer.
+
+    The columns are those of tables and hub data sets; ``sampling_rate`` in Hz (default: as stored); ``subset`` and
+    ``revision`` choose within the hub.  ``audio`` says how sounds become a model's input.
     """
 
     source: str
     kind: Kind = "auto"
+    fold: int | None = None
+    protocol: str | None = None
+    verify: bool = True
     train: str = "train"
     validation: str | float | None = None
     test: str | float | None = None
@@ -39,6 +57,9 @@ class DataSpec:
     check: bool = True
     limit_per_class: int | None = None
     limit_evaluation_per_class: int | None = None
+    shots: int | None = None
+    shots_seed: int | None = None
+    shots_lacking: Literal["error", "all"] = "error"
     text_column: str | None = None
     label_column: str | None = None
     file_column: str | None = None
@@ -46,21 +67,33 @@ class DataSpec:
     sampling_rate: int | None = None
     subset: str | None = None
     revision: str | None = None
+    audio: AudioSpec | None = None
 
     def __post_init__(self) -> None:
         for name in ("validation", "test"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str) and not 0.0 < value < 1.0:
                 raise EpitaxyError(f"data.{name} is the name of a split or a fraction between 0 and 1, got {value!r}")
-        for name in ("limit_per_class", "limit_evaluation_per_class", "sampling_rate"):
+        for name in ("limit_per_class", "limit_evaluation_per_class", "shots", "fold", "sampling_rate"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise EpitaxyError(f"data.{name} must be at least 1, got {value!r}")
-        if self.seed < 0:
-            raise EpitaxyError(f"data.seed must not be negative, got {self.seed}")
-        for name, known in (("kind", get_args(Kind)), ("on_bad", ("error", "skip"))):
+        for name in ("seed", "shots_seed"):
+            if (getattr(self, name) or 0) < 0:
+                raise EpitaxyError(f"data.{name} must not be negative, got {getattr(self, name)}")
+        if self.shots is not None and self.limit_per_class is not None:
+            raise EpitaxyError("data.shots and data.limit_per_class both bound the training examples; give one of them")
+        for name in ("fold", "protocol"):
+            if getattr(self, name) is not None and self.kind not in get_args(AudioSet):
+                raise EpitaxyError(
+                    f"data.{name} chooses within a published data set: set data.kind to one of "
+                    f"{', '.join(get_args(AudioSet))}, got {self.kind!r}"
+                )
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise EpitaxyError(f"data.{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.kind in ("audio_folder", *get_args(AudioSet)) and self.audio is None:
+            object.__setattr__(self, "audio", AudioSpec())  # written out, so that the recipe of a run shows it
 
 
 class Stored(Protocol):
@@ -83,7 +116,8 @@ class Row:
 class Pool:
     """Everything one source holds.
 
-    ``declared`` are the classes the source lists itself, in its order; ``empty`` the class folders without a file.
+    ``declared`` are the classes the source lists itself, in its order; ``empty`` the class folders without a file;
+    ``missing`` (name, reason) of files that the source names and does not hold.
     """
 
     rows: list[Row]
@@ -92,6 +126,7 @@ class Pool:
     declared: tuple[str, ...] = ()
     empty: list[tuple[str | None, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)
 
 
 def natural_order(labels: set[str]) -> tuple[str, ...]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from epitaxy.core.errors import FormatError, nearest
+from epitaxy.data.audio.sound import Sound
+from epitaxy.data.audio.waveform import Mono
+from epitaxy.data.audio_sets import READERS
 from epitaxy.data.check import Checked, Skipped, check_rows, read_bytes
 from epitaxy.data.decode import Waveform, decode_audio, decode_image
 from epitaxy.data.divide import Parts, Plan, count_classes, divide, limit, plan_splits, shared_content
+from epitaxy.data.few_shot import few_shot
 from epitaxy.data.folder import modality_of, read_folder
 from epitaxy.data.hub import SAVED, read_hub
 from epitaxy.data.shipped import PREFIX, shipped_archive
@@ -27,7 +32,7 @@ __all__ = ["DataSpec", "Example", "Examples", "Modality", "Splits", "Waveform", 
 
 @dataclass(frozen=True)
 class Example:
-    """One decoded example: a PIL image in RGB, a ``Waveform`` or a string; its class number; how to call it."""
+    """One example: a PIL image in RGB, a ``Waveform`` (or ``Sound``) or a string; its class number; how to call it."""
 
     value: Any
     label: int
@@ -37,9 +42,12 @@ class Example:
 class Examples(Dataset[Example]):
     """A split: ``len``, ``[number]`` and iteration; ``labels`` and ``names`` are known without decoding."""
 
-    def __init__(self, rows: Sequence[Row], classes: Sequence[str], modality: Modality, rate: int | None) -> None:
+    def __init__(
+        self, rows: Sequence[Row], classes: Sequence[str], modality: Modality, rate: int | None, mono: Mono = "mean"
+    ) -> None:
         numbers = {label: number for number, label in enumerate(classes)}
         self.rows, self.classes, self.modality, self.rate = list(rows), tuple(classes), modality, rate
+        self.mono, self.lazy = mono, False
         self.labels = [numbers[str(row.label)] for row in self.rows]
 
     @property
@@ -58,8 +66,18 @@ class Examples(Dataset[Example]):
     def _value(self, row: Row) -> Any:
         if isinstance(row.content, str):
             return row.content
+        if self.lazy and self.modality == "audio" and self.rate is None:
+            return Sound(row.content, row.name, self.mono)
         data = read_bytes(row)
-        return decode_image(data, row.name) if self.modality == "vision" else decode_audio(data, row.name, self.rate)
+        if self.modality == "vision":
+            return decode_image(data, row.name)
+        return decode_audio(data, row.name, self.rate, self.mono)
+
+    def lazily(self) -> Examples:
+        """The same rows with sounds that stay in their files until samples are asked for."""
+        other = copy(self)
+        other.lazy = True
+        return other
 
     def __repr__(self) -> str:
         return f"Examples({len(self)} rows, {len(self.classes)} classes, {self.modality})"
@@ -78,6 +96,11 @@ class Splits:
     skipped: Skipped = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def lazily(self) -> Splits:
+        """The same splits with sounds that stay in their files until samples are asked for."""
+        parts = {role: getattr(self, role).lazily() for role in ("train", "validation", "test")}
+        return replace(self, **parts)
+
 
 def load_splits(spec: DataSpec) -> Splits:
     """Read the data that ``spec`` describes.
@@ -87,6 +110,7 @@ def load_splits(spec: DataSpec) -> Splits:
     """
     pool = _read(spec)
     notes = list(pool.notes)
+    order = {id(row): place for place, row in enumerate(pool.rows)}
     plan = _plan(pool, spec, notes)
     checked = check_rows(pool, spec)
     parts = divide(checked, plan, spec, notes)
@@ -98,6 +122,7 @@ def load_splits(spec: DataSpec) -> Splits:
         notes.append(
             f"{spec.source}: {len(checked.skipped)} examples were left out, the first is {checked.skipped[0][0]}"
         )
+    parts["train"] = few_shot(parts["train"], order, spec, notes)
     limits = {"train": spec.limit_per_class}
     sets = {
         role: Examples(
@@ -105,6 +130,7 @@ def load_splits(spec: DataSpec) -> Splits:
             classes,
             pool.modality,
             spec.sampling_rate,
+            spec.audio.mono if spec.audio is not None else "mean",
         )
         for role, rows in parts.items()
     }
@@ -139,6 +165,10 @@ def _read(spec: DataSpec) -> Pool:
             return read_hub(spec)
         near = nearest(path.name, [item.name for item in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise FormatError(f"{spec.source}: no such file or folder{near if 'did you mean' in near else ''}")
+    if spec.kind in READERS:
+        if path.is_file() and path.suffix != ".zip":
+            raise FormatError(f"{spec.source}: expected the folder of the data set, or a .zip of it")
+        return READERS[spec.kind](list_archive(path) if path.is_file() else list_folder(path), spec)
     if spec.kind == "csv" or (spec.kind == "auto" and path.is_file() and is_table(path)):
         return read_table(path, spec)
     if not path.is_dir() and path.suffix.lower() != ".zip":

@@ -120,10 +120,11 @@ def _lines(table: Path) -> Iterator[Line]:
         raise FormatError(f"{table}: cannot be read ({error.strerror})") from None
     if not text.strip():
         raise FormatError(f"{table}: the file is empty")
-    yield from _json_lines(table, text) if table.suffix.lower() == ".jsonl" else _separated(table, text)
+    yield from _json_lines(table, text) if table.suffix.lower() == ".jsonl" else separated(table, text)
 
 
-def _separated(table: Path, text: str) -> Iterator[Line]:
+def separated(table: Path, text: str) -> Iterator[Line]:
+    """The lines of a CSV or TSV text as (line number, its cells); ``table`` is what messages call it."""
     separator = "\t" if table.suffix.lower() == ".tsv" else ","
     csv.field_size_limit(LONGEST)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)

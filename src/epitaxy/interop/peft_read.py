@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from epitaxy.core.adapter import Adapter
 from epitaxy.core.anatomy import Anatomy, base_modules, describe, is_linear, is_norm
 from epitaxy.core.edits import Delta, Swap
-from epitaxy.core.edits.swap import Replace
+from epitaxy.core.edits.head import Replace
 from epitaxy.core.errors import EpitaxyError, FormatError
 from epitaxy.core.files import fill, read_tensors
 from epitaxy.core.host import attach, detach, hosted
@@ -166,7 +166,7 @@ def _plan(model: nn.Module, anatomy: Anatomy, config: LoraConfig, stored: Stored
         plan.values[path, Delta] = {"down": (key_a, down), "up": (key_b, up.reshape(up.shape[:2]))}
     for (rank, alpha), paths in groups.items():
         at, layers = where(model, anatomy, paths)
-        plan.parts.append(LoRA(at, rank, alpha, config.lora_dropout, config.use_rslora, layers))
+        plan.parts.append(LoRA(at, rank, alpha, config.lora_dropout, config.use_rslora, layers=layers))
     _plan_others(model, modules, anatomy, config, stored, naming, plan)
     return plan
 
@@ -257,13 +257,13 @@ def _plan_others(
         _refuse_changed(model, path, found, stored.file)
     for labels, paths in heads.items():
         at, layers = where(model, anatomy, paths)
-        plan.parts.append(Head(labels, at, layers))
+        plan.parts.append(Head(labels, at=at, layers=layers))
     if norms:
         at, layers = where(model, anatomy, norms)
         plan.parts.append(NormTuning(at, layers=layers))
     if biases:
         at, layers = where(model, anatomy, biases)
-        plan.parts.append(BitFit(at, layers))
+        plan.parts.append(BitFit(at, layers=layers))
 
 
 def _saved(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from epitaxy.core.adapter import Adapter, Piece
 from epitaxy.core.anatomy import base_modules, is_fused, is_norm
 from epitaxy.core.edits import Delta, Edit, Swap
-from epitaxy.core.edits.swap import Replace
+from epitaxy.core.edits.head import Replace
 from epitaxy.core.errors import FormatError, UnsupportedError
 from epitaxy.core.files import CARD, read_tensors, whole_tensors, write_atomically
 from epitaxy.core.host import require

@@ -1,63 +1,96 @@
-"""Bottleneck adapters: a two-layer network beside or after a sub-layer.
+"""Bottleneck adapters: a two-layer network beside, after or before a sub-layer.
 
 Houlsby et al. 2019 (1902.00751): after attention and feed-forward; Pfeiffer et al. 2020 (2005.00247): after the
-feed-forward only; He et al. 2021 (2110.04366): parallel to it, with a scale.
+feed-forward only; He et al. 2021 (2110.04366): parallel to it, with a scale; Cappellazzo et al. 2024 (2312.03694):
+all of these on audio spectrogram transformers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.edits import Branch, Edit
-from epitaxy.core.errors import EpitaxyError
-from epitaxy.core.registry import method
+from epitaxy.core.edits import Edit, Insertion, Order
+from epitaxy.core.edits.edit import linear
+from epitaxy.core.errors import EpitaxyError, expect_one_of
+from epitaxy.core.registry import declare, method
 from epitaxy.core.sites import Site
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 Activation = Literal["relu", "gelu", "silu"]
+Init = Literal["kaiming", "legacy_normal", "legacy_zeros"]
 
 
 class TwoLayerMLP(nn.Module):
-    """``up(activation(down(x)))``; ``up`` starts at zero."""
+    """``up(activation(down(x)))``; ``down`` starts Kaiming-uniform by default, ``up`` and all biases at zero."""
 
-    def __init__(self, width_in: int, bottleneck: int, width: int, activation: Activation, dropout: float) -> None:
+    def __init__(
+        self,
+        width_in: int,
+        bottleneck: int,
+        width: int,
+        activation: Activation,
+        dropout: float,
+        init: Init = "kaiming",
+    ) -> None:
         super().__init__()
         self.down = nn.Linear(width_in, bottleneck)
         self.up = nn.Linear(bottleneck, width)
         self.activation, self.dropout = activation, dropout
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        for layer in (self.down, self.up):
+            if init == "legacy_normal":
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+            elif init == "kaiming" and layer is self.down:
+                nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # b t d -> b t d
-        low = ACTIVATIONS[self.activation](F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype)))
-        low = F.dropout(low, self.dropout, self.training)
-        return F.linear(low, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
+        low = F.dropout(ACTIVATIONS[self.activation](linear(self.down, x)), self.dropout, self.training)
+        return linear(self.up, low)
 
 
 @method("bottleneck", cannot={"merge": "a bottleneck is not linear, no weight can hold it"})
 @dataclass(frozen=True)
 class Bottleneck:
-    """``bottleneck`` is the hidden width; ``order`` puts the adapter beside a sub-layer or after it."""
+    """A hidden layer of ``bottleneck`` units, or of the site's width divided by ``reduction`` and rounded.
+
+    ``order`` and ``residual`` put the adapter beside, after or before the sub-layer (``core/edits/insertion.py``).
+    ``init="kaiming"`` starts with ``up`` at zero.  The published starts: "legacy_normal", what the released code of
+    2312.03694 really ran (a normal distribution of deviation 0.02, cut off, for both matrices), and "legacy_zeros",
+    what it says (both zero, so that nothing but the last bias ever gets a gradient).
+    """
 
     at: str | tuple[str, ...] = "mlp"
     bottleneck: int = 64
-    order: Literal["parallel", "sequential"] = "parallel"
+    reduction: float | None = None
+    order: Order = "parallel"
+    residual: bool | None = None
     scale: float = 1.0
     activation: Activation = "relu"
     dropout: float = 0.0
+    init: Init = "kaiming"
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.bottleneck < 1:
             raise EpitaxyError(f"bottleneck must be at least 1, got {self.bottleneck}")
-        for value, known in ((self.order, ("parallel", "sequential")), (self.activation, tuple(ACTIVATIONS))):
-            if value not in known:
-                raise EpitaxyError(f"{value!r} is none of {', '.join(known)}")
+        expect_one_of("activation", self.activation, ACTIVATIONS)
+        expect_one_of("init", self.init, get_args(Init))
+        departs = "both matrices start random" if self.init == "legacy_normal" else self.insertion.departs
+        if departs is not None:
+            declare(self, "identity", departs)
+
+    @property
+    def insertion(self) -> Insertion:
+        """How the adapter stands to its sub-layer."""
+        return Insertion(self.order, self.residual)
 
     @classmethod
     def houlsby(cls, bottleneck: int = 64) -> Bottleneck:
@@ -75,7 +108,7 @@ class Bottleneck:
         return cls(at="mlp", bottleneck=bottleneck, order="parallel", scale=scale)
 
     def edits(self, site: Site) -> Iterator[Edit]:
-        width = site.require_width()
-        width_in = (site.width_in or width) if self.order == "parallel" else width
-        module = TwoLayerMLP(width_in, self.bottleneck, width, self.activation, self.dropout)
-        yield Branch(module, reads="input" if self.order == "parallel" else "output", scale=self.scale)
+        hidden = self.bottleneck if self.reduction is None else site.reduced(self.reduction)
+        width_in, width = self.insertion.width_in(site), site.require_width()
+        module = TwoLayerMLP(width_in, hidden, width, self.activation, self.dropout, self.init)
+        yield self.insertion.branch(module, self.scale)

@@ -19,13 +19,18 @@ from epitaxy.core.sites import Site
 @method("lora")
 @dataclass(frozen=True)
 class LoRA:
-    """``rank`` of the change, ``alpha`` (default: the rank, a scale of one), ``dropout`` on what the change reads."""
+    """``rank`` of the change, ``alpha`` (default: the rank, a scale of one), ``dropout`` on what the change reads.
+
+    ``legacy`` starts both factors from a normal distribution of deviation 0.02, which is what the released code of
+    PETL-AST (Cappellazzo et al. 2024, 2312.03694) ran with; a fresh adapter then changes the output.
+    """
 
     at: str | tuple[str, ...] = ("attention.q", "attention.v")
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
     rank_stabilised: bool = False
+    legacy: bool = False
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -35,6 +40,8 @@ class LoRA:
             raise EpitaxyError(f"alpha must be a finite number, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise EpitaxyError(f"dropout must be from 0 to below 1, got {self.dropout}")
+        if self.legacy:
+            object.__setattr__(self, "cannot", {"identity": "with the legacy start neither factor is zero"})
 
     @property
     def scale(self) -> float:
@@ -43,4 +50,4 @@ class LoRA:
         return alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
     def edits(self, site: Site) -> Iterator[Edit]:
-        yield Delta(site.module, self.rank, self.scale, self.dropout)
+        yield Delta(site.module, self.rank, self.scale, self.dropout, 0.02 if self.legacy else None)

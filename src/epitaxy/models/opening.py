@@ -15,6 +15,8 @@ from torch import nn
 
 from epitaxy.core.anatomy import describe
 from epitaxy.core.errors import EpitaxyError, FormatError, nearest
+from epitaxy.models.positions import How, resize_input
+from epitaxy.models.whisper_encoder import allow_short
 
 Modality = Literal["vision", "audio", "text"]
 REFERENCE = "reference-vit"
@@ -35,13 +37,29 @@ class Opened:
     head: Literal["kept", "fresh"] = "kept"
 
 
-def open_classifier(source: str, labels: Sequence[str], dtype: str = "float32") -> Opened:
+@dataclass(frozen=True)
+class InputSize:
+    """The input wanted of a model that reads sounds; None: the model's own.
+
+    ``frames`` of 10 ms; ``mels`` bins and the rule for the position table are for spectrogram transformers.
+    """
+
+    frames: int | None = None
+    mels: int | None = None
+    positions: How = "crop"
+    legacy: Literal["zeroed"] | None = None
+
+
+def open_classifier(
+    source: str, labels: Sequence[str], dtype: str = "float32", size: InputSize | None = None
+) -> Opened:
     """Open ``source`` as a classifier of ``labels``.
 
     ``source`` is "reference-vit" (shipped with this package), a local directory, or the id of a model on the hub.
     Where the labels differ from the model's own, in number or in name, the last layer is drawn anew from torch's
-    global generator.  Weights are read from safetensors only.  Raises ``FormatError`` when the source cannot be
-    opened, ``EpitaxyError`` for labels or a type that make no sense.
+    global generator.  Weights are read from safetensors only.  ``size`` adapts a model of sounds, and its processor, to
+    other clips than its own.  Raises ``FormatError`` when the source cannot be opened, ``EpitaxyError`` for labels, a
+    type or a size that make no sense.
     """
     labels = _checked(labels)
     if dtype not in DTYPES:
@@ -55,6 +73,8 @@ def open_classifier(source: str, labels: Sequence[str], dtype: str = "float32") 
         config.label2id = {label: number for number, label in enumerate(labels)}
         model, info = _read(source, "weights", lambda: _load(where, modality, config, DTYPES[dtype]))
         processor = _read(source, "processor", lambda: _auto(_PROCESSORS[modality]).from_pretrained(where, **_OWN_CODE))
+    if size is not None and modality == "audio":
+        processor = _resize(model, processor, size, source)
     model.config._name_or_path = source  # what files name as the base: not where this installation keeps it
     head = _head_path(source, model, len(labels))
     fresh = _check_loaded(source, model, head, info) or fresh
@@ -72,6 +92,23 @@ _MODELS: dict[Modality, str] = {
     "audio": "AutoModelForAudioClassification",
     "text": "AutoModelForSequenceClassification",
 }
+
+
+def _resize(model: Any, processor: Any, size: InputSize, source: str) -> Any:
+    """Adapt a model of sounds; its processor, set to the same size."""
+    kind = model.config.model_type
+    if kind == "audio-spectrogram-transformer":
+        frames, mels = size.frames or model.config.max_length, size.mels or model.config.num_mel_bins
+        resize_input(model, frames, mels, size.positions, size.legacy)
+        return type(processor).from_dict({**processor.to_dict(), "max_length": frames, "num_mel_bins": mels})
+    if size.mels is not None or size.legacy is not None:
+        raise EpitaxyError(f"{source}: only spectrogram transformers take another number of mel bins, this is {kind}")
+    if kind == "whisper" and size.frames is not None:
+        most = 2 * model.config.max_source_positions
+        if size.frames % 2 or size.frames > most:
+            raise EpitaxyError(f"{source}: Whisper takes an even number of frames up to {most}, got {size.frames}")
+        allow_short(model)
+    return processor
 
 
 def _auto(name: str) -> Any:

@@ -85,13 +85,22 @@ def log_axis(values: Sequence[float]) -> Axis:
     return Axis(10.0**low, 10.0**high, [10.0**power for power in range(low, high + 1)], log=True)
 
 
-def line_chart(series: Sequence[Series], title: str, x_label: str, y_label: str) -> Markup:
-    """One or several lines; a single point is drawn as a dot."""
+def tick_axis(values: Sequence[float]) -> Axis:
+    """A logarithmic axis from the least to the largest of positive ``values``, with a tick at each of them."""
+    ticks = sorted(set(values))
+    if len(ticks) == 1:
+        ticks = [ticks[0] / 2, ticks[0], ticks[0] * 2]
+    return Axis(ticks[0], ticks[-1], ticks, log=True)
+
+
+def line_chart(series: Sequence[Series], title: str, x_label: str, y_label: str, log: bool = False) -> Markup:
+    """One or several lines; a single point is drawn as a dot.  ``log``: x is logarithmic, its ticks are the values."""
     shown = [Series(line.name, [point for point in line.points if all(map(math.isfinite, point))]) for line in series]
     shown = [line for line in shown if line.points]
     if not shown:
         return Markup('<p class="note">{}: nothing was recorded.</p>').format(title)
-    x_axis = linear_axis([x for line in shown for x, _ in line.points])
+    places_x = [x for line in shown for x, _ in line.points]
+    x_axis = tick_axis(places_x) if log else linear_axis(places_x)
     y_axis = linear_axis([y for line in shown for _, y in line.points])
     parts = [_frame(x_axis, y_axis, x_label, y_label)]
     for number, line in enumerate(shown):

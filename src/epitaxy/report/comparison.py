@@ -17,12 +17,13 @@ from epitaxy.report.page import PAGE, render
 from epitaxy.report.read import Run, read_run
 from epitaxy.report.samples import samples_of
 
-FREE = {"name", "out", "samples", "train.seed", "data.seed"}  # keys in which the seeds of one method may differ
+# Keys in which the runs of one method may differ: seeds, and the folds of a cross-validation.
+FREE = {"name", "out", "samples", "train.seed", "data.seed", "data.shots_seed", "data.fold"}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe that differ in their seed alone; ``spread`` is the sample standard deviation."""
+    """Runs of one recipe that differ in their seed or fold alone; ``spread`` is the sample standard deviation."""
 
     title: str
     runs: Sequence[Run]
@@ -44,7 +45,7 @@ class Group:
 
     @property
     def spread(self) -> float | None:
-        """How much the accuracy varies from seed to seed; one run cannot tell."""
+        """How much the accuracy varies from run to run; one run cannot tell."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
     def mean(self, key: str) -> float:

@@ -44,7 +44,7 @@ def update_charts(run: Run) -> list[tuple[str, Markup]]:
     """How far each layer had moved at the best step: a chart per kind of place, all on one scale."""
     groups: dict[str, dict[int, float]] = {}
     for key, norm in _norms(run).items():
-        name, layer = _split(key)
+        name, layer = place_and_layer(key)
         groups.setdefault(name, {})[layer] = norm
     top = max((norm for layers in groups.values() for norm in layers.values()), default=0.0) or 1.0
     y_label, charts = "change (RMS)", []
@@ -68,7 +68,7 @@ def _norms(run: Run) -> Mapping[str, Any]:
     return norms
 
 
-def _split(key: str) -> tuple[str, int]:
+def place_and_layer(key: str) -> tuple[str, int]:
     """``lora.attention.q.3`` as ``("lora.attention.q", 3)``; the first number in a path is the layer."""
     parts = key.split(".")
     place = next((number for number, part in enumerate(parts) if part.isdigit()), None)

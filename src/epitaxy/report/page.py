@@ -11,6 +11,7 @@ from epitaxy.core.files import write_atomically
 from epitaxy.report import figures
 from epitaxy.report.confusion import confusion_of
 from epitaxy.report.curves import curves_of, update_charts
+from epitaxy.report.experts import expert_use_of
 from epitaxy.report.read import Run, read_run
 from epitaxy.report.samples import samples_of
 
@@ -43,6 +44,7 @@ def content(run: Run) -> dict[str, Any]:
         "costs": _costs(result) if result else [],
         "curves": curves_of(run),
         "updates": update_charts(run),
+        "expert_use": expert_use_of(run),
         "confusion": confusion,
         "samples": samples_of(run),
         "environment": list(_flat(run.environment)),

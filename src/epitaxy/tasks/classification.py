@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -50,25 +51,47 @@ class Examples(Protocol):
     def __getitem__(self, number: int) -> Example: ...
 
 
+Draw = tuple[int, ...]  # what decides the chances of one training example: (seed, epoch, row)
+
+
+class FrontEnd(Protocol):
+    """Makes the input of a model of sounds; ``draws`` marks training examples."""
+
+    def inputs(self, examples: Sequence[Example], draws: Sequence[Draw] | None = None) -> Mapping[str, Tensor]: ...
+
+
 class Classification:
-    """Cross-entropy over ``classes`` with the inputs that ``opened``'s processor makes."""
+    """Cross-entropy over ``classes`` with the inputs that ``opened``'s processor, or ``front_end``, makes."""
 
     metrics = ("accuracy", "macro_f1", "loss")
 
-    def __init__(self, opened: Opened, classes: Sequence[str], label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        opened: Opened,
+        classes: Sequence[str],
+        label_smoothing: float = 0.0,
+        front_end: FrontEnd | None = None,
+    ) -> None:
         if not 0.0 <= label_smoothing < 1.0:
             raise EpitaxyError(f"label_smoothing lies in [0, 1), got {label_smoothing}")
         self.processor, self.modality, self.source = opened.processor, opened.modality, opened.source
-        self.classes, self.label_smoothing = tuple(classes), label_smoothing
+        self.classes, self.label_smoothing, self.front_end = tuple(classes), label_smoothing, front_end
         self.tokens = _token_limit(opened) if opened.modality == "text" else None
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """The model's inputs and ``labels`` (``b``), on the CPU; raises ``FormatError`` naming what does not fit."""
-        inputs = self._prepare(examples)
+        return self._batch(examples, None)
+
+    def training_batch(self, examples: Sequence[Example], draws: Sequence[Draw]) -> Batch:
+        """As ``batch``, for training: each draw alone decides what chance does to its example."""
+        return self._batch(examples, draws)
+
+    def _batch(self, examples: Sequence[Example], draws: Sequence[Draw] | None) -> Batch:
+        inputs = self._prepare(examples, draws)
         labels = torch.tensor([example.label for example in examples], dtype=torch.long)
         return {**{key: value for key, value in inputs.items() if isinstance(value, Tensor)}, "labels": labels}
 
-    def _prepare(self, examples: Sequence[Example]) -> Any:
+    def _prepare(self, examples: Sequence[Example], draws: Sequence[Draw] | None) -> Any:
         values = [example.value for example in examples]
         found = {"vision": "picture", "audio": "sound", "text": "text"}
         kind = "text" if isinstance(values[0], str) else "audio" if hasattr(values[0], "samples") else "vision"
@@ -78,20 +101,27 @@ class Classification:
             return self.processor(images=values, return_tensors="pt")
         if kind == "text":
             return self.processor(values, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt")
+        if self.front_end is not None:
+            return self.front_end.inputs(examples, draws)
         rate = int(self.processor.sampling_rate)
         samples = [wave.at(rate).samples for wave in values]
         raw = self.processor.model_input_names[0] == "input_values"  # spectrograms have a length of their own
         return self.processor(samples, sampling_rate=rate, return_tensors="pt", **({"padding": True} if raw else {}))
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Scores of every class, ``b classes``."""
+        """Scores of every class, ``b classes``.
+
+        Where ``batch["windows"]`` says that an example has several rows, their probabilities are averaged.
+        """
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         inputs = {
             key: value.to(dtype) if value.is_floating_point() else value
             for key, value in batch.items()
-            if key != "labels"
+            if key not in ("labels", "windows")
         }
         output: Tensor = model(**inputs).logits
+        if "windows" in batch:
+            output = _averaged(output, batch["windows"])
         if output.shape[-1] != len(self.classes):
             raise EpitaxyError(
                 f"the model has {output.shape[-1]} outputs but the data have {len(self.classes)} classes; "
@@ -128,6 +158,18 @@ def _token_limit(opened: Opened) -> int | None:
         return limit
     positions = getattr(getattr(opened.model, "config", None), "max_position_embeddings", None)
     return None if positions is None else int(positions) - 2  # RoBERTa's table starts at two
+
+
+def _averaged(logits: Tensor, windows: Tensor) -> Tensor:
+    """The logarithm of each example's mean probabilities over its windows; of a single one its logits themselves."""
+    parts = torch.split(logits, windows.tolist())
+    if all(len(part) == 1 for part in parts):
+        return logits
+    return torch.cat([part if len(part) == 1 else _mean(part.float()) for part in parts])
+
+
+def _mean(logits: Tensor) -> Tensor:
+    return (logits.log_softmax(-1).logsumexp(0, keepdim=True) - math.log(len(logits))).to(logits.dtype)
 
 
 def _to_device(batch: Batch, model: nn.Module) -> Batch:

@@ -10,6 +10,7 @@ from epitaxy.core.errors import EpitaxyError, nearest
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["no", "bf16", "fp16"]
+Decay = Literal["matrices", "everything"]
 DEFAULT_EPOCHS = 10.0
 FREE = ("workers", "trackers", "checkpoint_every")  # may change between a run and its resumption
 SEEDS = 2**63  # torch takes no larger ones
@@ -24,7 +25,8 @@ class TrainConfig:
     and on eight; ``accumulate`` forward passes make one step.  ``warmup`` is a number of steps, or below 1 a fraction
     of all.  ``clip`` bounds the norm of the gradient (None: no bound).  ``evaluate_every`` and ``checkpoint_every``
     count steps (default: once per epoch, and at every evaluation).  After ``patience`` evaluations without a better
-    ``metric`` on the validation data training stops; ``keep_best`` returns to the best state in the end.
+    ``metric`` on the validation data training stops; ``keep_best`` returns to the best state in the end.  ``betas`` and
+    ``epsilon`` are AdamW's; biases, norms and other vectors do not decay, unless ``decay="everything"``.
     """
 
     steps: int | None = None
@@ -33,6 +35,9 @@ class TrainConfig:
     accumulate: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
+    decay: Decay = "matrices"
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
     warmup: int | float = 0
     schedule: Schedule = "cosine"
     clip: float | None = 1.0
@@ -67,7 +72,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise EpitaxyError(f"train.{name} must be at least 1, got {value}")
-        for name in ("epochs", "learning_rate", "clip"):
+        for name in ("epochs", "learning_rate", "clip", "epsilon"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise EpitaxyError(f"train.{name} must be above 0 and finite, got {value}")
@@ -79,7 +84,10 @@ class TrainConfig:
             raise EpitaxyError(f"train.seed must be below 2^63, got {self.seed}")
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise EpitaxyError(f"train.warmup is a whole number of steps or a fraction below 1, got {self.warmup}")
-        for name, known in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise EpitaxyError(f"train.betas lie in [0, 1), got {list(self.betas)}")
+        choices = {"schedule": get_args(Schedule), "precision": get_args(Precision), "decay": get_args(Decay)}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 value = getattr(self, name)
                 raise EpitaxyError(f"train.{name} is one of {', '.join(known)}, got {value!r}{_hint(value, known)}")

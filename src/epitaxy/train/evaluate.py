@@ -12,9 +12,10 @@ import torch
 from epitaxy.core.errors import FormatError
 from epitaxy.core.files import Contents, inspect, load
 from epitaxy.core.host import detach
+from epitaxy.data.audio.spec import AudioSpec
 from epitaxy.data.splits import load_splits
-from epitaxy.models.opening import open_classifier
 from epitaxy.tasks.classification import Classification
+from epitaxy.train.hearing import audio_spec, input_size, open_for, stored_spec, task_for
 from epitaxy.train.recipe import Recipe
 
 
@@ -36,17 +37,22 @@ def evaluate(recipe: Recipe, adapters: Sequence[Path], split: str, batch: int) -
     """Metrics of each adapter in turn on ``split`` of the recipe's data, on the recipe's base.
 
     The bare base comes first where it has a head of its own for these classes.  Every file is looked at before
-    anything is measured.  Raises ``FormatError`` for an adapter of other classes.
+    anything is measured.  An adapter of sounds is measured with the front end it was trained with.  Raises
+    ``FormatError`` for an adapter of other classes, or for adapters whose models read clips of different lengths.
     """
     contents = [inspect(path) for path in adapters]
-    splits = load_splits(recipe.data)
+    splits = load_splits(recipe.data).lazily()
     for found in contents:
         _require_classes(found, splits.classes)
-    opened = open_classifier(recipe.base.source, splits.classes, recipe.base.dtype)
-    model, task, data = opened.model, Classification(opened, splits.classes), getattr(splits, split)
+    asked = audio_spec(recipe.data.audio, splits)
+    specs = [stored_spec(found.provenance, str(found.path), asked) or asked for found in contents]
+    _require_one_size(contents, specs)
+    spec = specs[0] if specs else asked
+    opened = open_for(recipe.base.source, splits.classes, recipe.base.dtype, spec)
+    model, data = opened.model, getattr(splits, split)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def measure(path: Path | None, method: str, parameters: int) -> Row:
+    def measure(task: Classification, path: Path | None, method: str, parameters: int) -> Row:
         began = time.perf_counter()
         found = task.evaluate(model, data, batch)
         seconds = time.perf_counter() - began
@@ -55,11 +61,12 @@ def evaluate(recipe: Recipe, adapters: Sequence[Path], split: str, batch: int) -
 
     def each() -> Iterator[Row]:
         if opened.head == "kept":
-            yield measure(None, "the base alone", 0)
-        for path in adapters:
+            yield measure(task_for(opened, splits, spec), None, "the base alone", 0)
+        for path, own in zip(adapters, specs, strict=True):
             adapter = load(model, path, "measured")
             try:
-                yield measure(path, " + ".join(entry["method"] for entry in adapter.config), adapter.size())
+                task = task_for(opened, splits, own)
+                yield measure(task, path, " + ".join(entry["method"] for entry in adapter.config), adapter.size())
             finally:
                 detach(model, "measured")
 
@@ -67,6 +74,16 @@ def evaluate(recipe: Recipe, adapters: Sequence[Path], split: str, batch: int) -
     if not rows:
         raise FormatError(f"{recipe.base.source}: has no task head for these classes; name adapters to evaluate")
     return rows
+
+
+def _require_one_size(contents: Sequence[Contents], specs: Sequence[AudioSpec | None]) -> None:
+    """One opened base reads clips of one length."""
+    for found, spec in zip(contents, specs, strict=True):
+        if spec is not None and specs[0] is not None and input_size(spec) != input_size(specs[0]):
+            raise FormatError(
+                f"{found.path}: was trained on {spec.frames} frames and {spec.mels} mel bins, "
+                f"{contents[0].path} on {specs[0].frames} and {specs[0].mels}; measure them one at a time"
+            )
 
 
 def _require_classes(found: Contents, classes: Sequence[str]) -> None:

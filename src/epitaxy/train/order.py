@@ -33,14 +33,20 @@ class Order:
         return (self.last - self.first) * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
+        for places in self.places():
+            yield [self.locate(place)[1] for place in places]
+
+    def places(self) -> Iterator[list[int]]:
+        """The batches as places in the endless row of epochs, which ``locate`` understands."""
         share = self.batch // self.processes
         for number in range(self.first * self.accumulate, self.last * self.accumulate):
             start = number * self.batch + self.process * share
-            yield [self._row(place) for place in range(start, start + share)]
+            yield list(range(start, start + share))
 
-    def _row(self, place: int) -> int:
+    def locate(self, place: int) -> tuple[int, int]:
+        """Epoch and row of a place."""
         epoch, within = divmod(place, self.rows)
-        return int(_permutation(self.rows, self.seed, epoch)[within])
+        return epoch, int(_permutation(self.rows, self.seed, epoch)[within])
 
 
 @lru_cache(maxsize=4)

@@ -22,6 +22,7 @@ from epitaxy.core.host import activate
 from epitaxy.core.merge import merge, unmerge
 from epitaxy.tasks.classification import Classification
 from epitaxy.train.config import count_steps, evaluation_interval
+from epitaxy.train.hearing import FRONT_END, settings_of
 from epitaxy.train.prepare import Prepared, prepare
 from epitaxy.train.probe import Measured, probe
 from epitaxy.train.recipe import Recipe
@@ -131,6 +132,7 @@ def plan(recipe: Recipe, measure: bool = True) -> Plan:
             "counts": {part: len(getattr(splits, part)) for part in ("train", "validation", "test")},
             "skipped": len(splits.skipped),
             "notes": list(splits.notes),
+            FRONT_END: settings_of(ready.task),
         },
         steps=steps,
         merge=mergeable,

@@ -10,8 +10,9 @@ from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError
 from epitaxy.core.host import attach
 from epitaxy.data.splits import Splits, load_splits
-from epitaxy.models.opening import Opened, open_classifier
+from epitaxy.models.opening import Opened
 from epitaxy.tasks.classification import Classification
+from epitaxy.train.hearing import audio_spec, open_for, task_for
 from epitaxy.train.recipe import Recipe
 
 
@@ -30,14 +31,15 @@ def prepare(recipe: Recipe, splits: Splits | None = None) -> Prepared:
 
     Raises ``EpitaxyError`` when the parts do not fit, such as a fresh task head that nothing would train.
     """
-    splits = load_splits(recipe.data) if splits is None else splits
+    splits = (load_splits(recipe.data) if splits is None else splits).lazily()
+    spec = audio_spec(recipe.data.audio, splits)
     torch.manual_seed(recipe.train.seed)
-    opened = open_classifier(recipe.base.source, splits.classes, recipe.base.dtype)
+    opened = open_for(recipe.base.source, splits.classes, recipe.base.dtype, spec)
     adapter = None
     if not recipe.full:
         adapter = attach(opened.model, recipe.adapter_method(), recipe.name)
         _require_head(recipe, opened, adapter)
-    return Prepared(opened, adapter, splits, Classification(opened, splits.classes))
+    return Prepared(opened, adapter, splits, task_for(opened, splits, spec))
 
 
 def _require_head(recipe: Recipe, opened: Opened, adapter: Adapter) -> None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from epitaxy.core.errors import EpitaxyError, nearest
 from epitaxy.core.registry import from_config, methods_in, to_config
+from epitaxy.data.audio.spec import AudioSpec, Augment
 from epitaxy.data.splits import DataSpec
 from epitaxy.train.config import TrainConfig
 
@@ -89,6 +90,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "": tuple(Recipe.model_fields),
     "base": tuple(Base.model_fields),
     "data": tuple(field.name for field in fields(DataSpec)),
+    "data.audio": tuple(field.name for field in fields(AudioSpec)),
+    "data.audio.augment": tuple(field.name for field in fields(Augment)),
     "train": tuple(field.name for field in fields(TrainConfig)),
 }
 
@@ -127,9 +130,12 @@ def normalise(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if "method" in result:
         result["method"] = _method_entries(result["method"], origin)
     _refuse_unknown(result, "", origin)
-    for section in ("base", "data", "train"):
-        if isinstance(result.get(section), Mapping):
-            _refuse_unknown(result[section], section, origin)
+    for section in filter(None, KEYS):
+        found: Any = result
+        for part in section.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if isinstance(found, Mapping):
+            _refuse_unknown(found, section, origin)
     return result
 
 

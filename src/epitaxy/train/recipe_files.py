@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -45,34 +46,80 @@ def change(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return validate(merged, recipe.name, origins)
 
 
+def compose(file: Path, layers: Sequence[tuple[str, Mapping[str, Any]]], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in ``file``, under ``layers`` of (what messages call it, keys), under ``key=value`` overrides.
+
+    The keys of a layer are nested as in a recipe, or dotted as in an override.
+    """
+    merged: dict[str, Any] = {"name": "adapter", "out": "runs/adapter"}
+    origins: Origins = {}
+    for origin, values in _layers(file, ()):
+        _merge(merged, values, origin, origins)
+    for origin, keys in layers:
+        for key, value in keys.items():
+            if "." in key:
+                _put(merged, key, value, origin, origins)
+            else:
+                _merge(merged, normalise({key: value}, origin), origin, origins)
+    for override in overrides:
+        _override(merged, override, origins)
+    return validate(merged, str(file), origins)
+
+
+def own_keys(file: Path) -> dict[str, Any]:
+    """What a recipe file says itself, without what it extends."""
+    return _layers(file, ())[-1][1]
+
+
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
+    return {name: file for name, file in _shipped().items() if not is_grid(file)}
+
+
+def shipped_grids() -> dict[str, Path]:
+    """The grids of runs that come with the package, by name."""
+    return {name: file for name, file in _shipped().items() if is_grid(file)}
+
+
+def is_grid(file: Path) -> bool:
+    """Whether a file describes a grid of runs: it has rows."""
+    return re.search(r"^rows:", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
+
+
+def _shipped() -> dict[str, Path]:
+    """All shipped files by name; those that begin with an underscore are parts of others."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "recipes", package.parents[1] / "recipes"):
         if folder.is_dir():
             return {
-                file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.yaml"))
+                file.relative_to(folder).with_suffix("").as_posix(): file
+                for file in sorted(folder.rglob("*.yaml"))
+                if not file.name.startswith("_")
             }
     raise RecipeError(f"{package / 'recipes'}: the shipped recipes are missing; install epitaxy again")
 
 
-def find_recipe(name: str, beside: Path | None = None) -> Path:
-    """The file of a recipe: a path (relative to ``beside``), or the name of a shipped one such as ``demo/lora``."""
+def find_recipe(name: str, beside: Path | None = None, grid: bool = False) -> Path:
+    """The file of a recipe: a path (relative to ``beside``), or the name of a shipped one such as ``demo/lora``.
+
+    With ``grid`` the file of a grid is looked for.
+    """
+    what = "grid" if grid else "recipe"
     plain = name.removeprefix(SHIPPED)
     path = (beside or Path()) / Path(plain).expanduser()
     if not name.startswith(SHIPPED):
         if path.is_file():
             return path
         if path.is_dir():
-            raise RecipeError(f"{path}: expected a recipe file, found a directory")
+            raise RecipeError(f"{path}: expected a {what} file, found a directory")
         if beside is not None:
-            raise RecipeError(f"{path}: no such recipe file")
-    known = shipped_recipes()
+            raise RecipeError(f"{path}: no such {what} file")
+    known = shipped_grids() if grid else shipped_recipes()
     if plain.removesuffix(".yaml") in known:
         return known[plain.removesuffix(".yaml")]
     if name.startswith(SHIPPED):
-        raise RecipeError(f"no shipped recipe is called {plain!r}{nearest(plain, known)}")
-    raise RecipeError(f"{path}: no such recipe file, and no shipped recipe of that name{nearest(plain, known)}")
+        raise RecipeError(f"no shipped {what} is called {plain!r}{nearest(plain, known)}")
+    raise RecipeError(f"{path}: no such {what} file, and no shipped {what} of that name{nearest(plain, known)}")
 
 
 def _layers(file: Path, chain: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
@@ -85,6 +132,8 @@ def _layers(file: Path, chain: tuple[Path, ...]) -> list[tuple[str, dict[str, An
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
         raise RecipeError(f"{file}: expected a mapping of keys such as base, method and data, found {found}")
+    if "rows" in values:
+        raise RecipeError(f"{file}: a grid of runs, not a recipe; carry it out with epitaxy bench")
     parent = values.pop("extends", None)
     if parent is None:
         return [(str(file), normalise(values, str(file)))]
@@ -105,7 +154,7 @@ def _merge(
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value, origin, origins, here)
             continue
-        into[key] = dict(value) if isinstance(value, dict) else value
+        into[key] = deepcopy(value)  # what is merged into it later must not reach the layer it came from
         for overruled in [known for known in origins if known[: len(here)] == here]:
             del origins[overruled]
         origins[here] = origin
@@ -113,17 +162,24 @@ def _merge(
 
 def _override(merged: dict[str, Any], text: str, origins: Origins) -> None:
     key, equals, written = text.partition("=")
-    path, origin = tuple(key.split(".")), f"override {text!r}"
-    if not equals or not all(path):
+    origin = f"override {text!r}"
+    if not equals or not all(key.split(".")):
         raise RecipeError(f"{origin}: expected key=value with a dotted key, such as train.learning_rate=3e-4")
-    value = parse(written, origin)
+    _put(merged, key, parse(written, origin), origin, origins)
+
+
+def _put(merged: dict[str, Any], key: str, value: Any, origin: str, origins: Origins) -> None:
+    """Set one dotted key."""
+    path = tuple(key.split("."))
     if path[0] == "method" and len(path) > 1:
         merged["method"] = _with_field(merged.get("method", []), path[1:], value, origin)
         origins["method",] = origin
         return
-    nested = {path[0]: value} if len(path) == 1 else {path[0]: {path[1]: value}}
+    nested = value
+    for part in reversed(path):
+        nested = {part: nested}
     values = normalise(nested, origin)
-    if len(path) > 2 or (len(path) == 2 and path[0] not in KEYS):
+    if len(path) > 1 and ".".join(path[:-1]) not in KEYS:
         raise RecipeError(f"{origin}: {'.'.join(path[:-1])!r} is one value, there are no keys below it")
     _merge(merged, values, origin, origins)
 

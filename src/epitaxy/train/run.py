@@ -16,10 +16,13 @@ from epitaxy.core.errors import EpitaxyError
 from epitaxy.core.files import TENSORS, save
 from epitaxy.core.registry import methods_in
 from epitaxy.data.splits import Splits
+from epitaxy.methods.expert_use import expert_use
+from epitaxy.methods.mixture import mixtures_of
 from epitaxy.tasks.metrics import Metrics
 from epitaxy.train import run_directory, samples
 from epitaxy.train.config import TrainResult
 from epitaxy.train.environment import describe_environment
+from epitaxy.train.hearing import FRONT_END, settings_of
 from epitaxy.train.loop import train
 from epitaxy.train.prepare import Prepared, prepare
 from epitaxy.train.recipe import Recipe
@@ -35,6 +38,8 @@ from epitaxy.train.run_directory import (
     write_json,
 )
 from epitaxy.train.saving import save_model, weight_bytes
+
+SIZES = ("rank", "experts", "slots", "bottleneck", "tokens")  # fields that say how large a method is
 
 
 def leads() -> bool:
@@ -86,7 +91,7 @@ def _finish(recipe: Recipe, ready: Prepared, trained: TrainResult, out: Path, be
     tested = ready.task.evaluate(ready.opened.model, ready.splits.test, batch)
     _write_predictions(out, ready, tested, recipe.samples)
     _keep(recipe, out, ready, tested)
-    result = _result(recipe, ready, trained, tested, out)
+    result = {**_result(recipe, ready, trained, tested, out), **_expert_use(ready, batch)}
     write_json(out / RESULT, {**result, "seconds": time.perf_counter() - began})
 
 
@@ -96,6 +101,7 @@ def _keep(recipe: Recipe, out: Path, ready: Prepared, tested: Metrics) -> None:
         if not (out / MODEL).exists():
             save_model(ready.opened.model, ready.opened.processor, out / MODEL)
         return
+    front_end = settings_of(ready.task)
     ready.adapter.provenance = {
         "base": recipe.base.source,
         "data": recipe.data.source,
@@ -103,8 +109,18 @@ def _keep(recipe: Recipe, out: Path, ready: Prepared, tested: Metrics) -> None:
         "test_accuracy": tested.accuracy,
         "test_macro_f1": tested.macro_f1,
         "seed": recipe.train.seed,
+        **({FRONT_END: front_end} if front_end is not None else {}),
     }
     save(ready.opened.model, out / ADAPTER, recipe.name)
+
+
+def _expert_use(ready: Prepared, batch: int) -> dict[str, Any]:
+    """How a mixture of adapters uses its experts on the validation data; nothing for other methods."""
+    if ready.adapter is None or not mixtures_of(ready.adapter):
+        return {}
+    with expert_use(ready.adapter) as counted:
+        ready.task.evaluate(ready.opened.model, ready.splits.validation, batch)
+    return {"expert_use": counted()}
 
 
 def _write_predictions(out: Path, ready: Prepared, tested: Metrics, count: int) -> None:
@@ -125,6 +141,7 @@ def _write_predictions(out: Path, ready: Prepared, tested: Metrics, count: int) 
 
 def _result(recipe: Recipe, ready: Prepared, trained: TrainResult, tested: Metrics, out: Path) -> dict[str, Any]:
     splits, adapter, model = ready.splits, ready.adapter, ready.opened.model
+    front_end = settings_of(ready.task)
     base = sum(p.numel() for name, p in model.named_parameters() if "epitaxy" not in name.split("."))
     return {
         "name": recipe.name,
@@ -137,6 +154,7 @@ def _result(recipe: Recipe, ready: Prepared, trained: TrainResult, tested: Metri
             "counts": {part: len(getattr(splits, part)) for part in ("train", "validation", "test")},
             "skipped": [list(entry) for entry in splits.skipped],
             "notes": list(splits.notes),
+            **({FRONT_END: front_end} if front_end is not None else {}),
         },
         "seed": recipe.train.seed,
         "test": tested.scalars(),
@@ -158,7 +176,7 @@ def method_title(recipe: Recipe) -> str:
         return "full fine-tuning"
     parts = []
     for part in methods_in(recipe.adapter_method()):
-        sizes = [f"{name} {getattr(part, name)}" for name in ("rank", "bottleneck", "tokens") if hasattr(part, name)]
+        sizes = [f"{name} {getattr(part, name)}" for name in SIZES if hasattr(part, name)]
         deep = ["deep"] if getattr(part, "deep", False) else []
         details = ", ".join([*deep, *sizes])
         parts.append(f"{part.method_name} ({details})" if details else str(part.method_name))

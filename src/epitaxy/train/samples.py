@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from epitaxy.core.files import write_atomically
-from epitaxy.data.decode import Waveform
+from epitaxy.data.audio.sound import Sound
+from epitaxy.data.audio.waveform import Waveform
 from epitaxy.tasks.metrics import Metrics
 
 SIDE = 160  # pixels of the longer side of a stored picture
@@ -45,9 +46,8 @@ def store(data: Any, places: Sequence[int], folder: Path) -> list[dict[str, Any]
             file = folder / f"{place:06d}.png"
             write_atomically(file, _png(value))
             entry |= {"kind": "image", "file": f"{folder.name}/{file.name}"}
-        elif isinstance(value, Waveform):
-            seconds = len(value.samples) / value.rate
-            entry |= {"kind": "audio", "envelope": _envelope(value), "seconds": round(seconds, 3)}
+        elif isinstance(value, (Waveform, Sound)):
+            entry |= {"kind": "audio", "envelope": _envelope(value), "seconds": round(value.seconds, 3)}
         else:
             text = str(value)
             entry |= {"kind": "text", "text": text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"}
@@ -64,7 +64,12 @@ def _png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def _envelope(wave: Waveform) -> list[float]:
+def _envelope(sound: Waveform | Sound) -> list[float]:
     """Largest absolute value in each of ``POINTS`` equal stretches."""
-    parts = np.array_split(np.abs(wave.samples), min(POINTS, max(1, len(wave.samples))))
-    return [round(float(part.max()), 4) if part.size else 0.0 for part in parts]
+    count = min(POINTS, sound.count)
+    peaks, done = np.zeros(count, np.float32), 0
+    for block in sound.blocks():
+        parts = np.arange(done, done + len(block)) * count // sound.count
+        np.maximum.at(peaks, parts, np.abs(block))
+        done += len(block)
+    return [round(float(peak), 4) for peak in peaks]

@@ -51,7 +51,12 @@ class Session:
         self.task, self.config, self.steps = task, config, steps
         self.objective = objective
         self.optimizer = accelerator.prepare(
-            torch.optim.AdamW(trainable.groups(config.weight_decay), lr=config.learning_rate)
+            torch.optim.AdamW(
+                trainable.groups(config.weight_decay, config.decay == "everything"),
+                lr=config.learning_rate,
+                betas=config.betas,
+                eps=config.epsilon,
+            )
         )
         self.standing = Standing()
         self.best: dict[str, Tensor] = {}

@@ -44,9 +44,9 @@ class Trainable:
         for key, place in places.items():
             place.copy_(values[key])
 
-    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups: biases, norms and other one-dimensional parameters do not decay."""
-        decaying = {key: p.dim() > 1 and not key.endswith("bias") for key, p in self.parameters.items()}
+    def groups(self, weight_decay: float, everything: bool = False) -> list[dict[str, Any]]:
+        """Parameter groups: unless ``everything`` decays, biases, norms and other vectors do not."""
+        decaying = {key: everything or (p.dim() > 1 and not key.endswith("bias")) for key, p in self.parameters.items()}
         return [
             {"params": [p for key, p in self.parameters.items() if decaying[key] is flag], "weight_decay": decay}
             for flag, decay in ((True, weight_decay), (False, 0.0))

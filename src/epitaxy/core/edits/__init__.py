@@ -3,9 +3,28 @@
 from epitaxy.core.edits.branch import Branch
 from epitaxy.core.edits.delta import Delta
 from epitaxy.core.edits.edit import Edit
+from epitaxy.core.edits.grid import Grid, GridTap, grid_at
+from epitaxy.core.edits.head import PooledHead, Replace
+from epitaxy.core.edits.insertion import Insertion, Order
 from epitaxy.core.edits.kv import DecoupledKV, JointKV
-from epitaxy.core.edits.swap import Replace, Swap
+from epitaxy.core.edits.swap import Swap
 from epitaxy.core.edits.tap import Tap
 from epitaxy.core.edits.tokens import Tokens
 
-__all__ = ["Branch", "DecoupledKV", "Delta", "Edit", "JointKV", "Replace", "Swap", "Tap", "Tokens"]
+__all__ = [
+    "Branch",
+    "DecoupledKV",
+    "Delta",
+    "Edit",
+    "Grid",
+    "GridTap",
+    "Insertion",
+    "JointKV",
+    "Order",
+    "PooledHead",
+    "Replace",
+    "Swap",
+    "Tap",
+    "Tokens",
+    "grid_at",
+]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
 from epitaxy.core.edits.edit import Edit
 from epitaxy.core.edits.tap import Memo, Tap
-from epitaxy.core.errors import SiteError
+from epitaxy.core.errors import SiteError, UnsupportedError
 
 if TYPE_CHECKING:
     from epitaxy.core.sites import Site
@@ -20,56 +20,101 @@ class Branch(Edit):
 
     ``reads="input"`` sees what enters the sub-layer, even where a model enters it at another module than it leaves
     it.  ``keep=False`` drops the tensor that the branch is written to: the host's output is replaced.
-    ``writes="input"`` changes what the host receives instead.  ``module`` maps ``... width_in`` to ``... width``; one
-    that starts at zero gives an identity start.
+    ``writes="input"`` changes what the host receives instead; ``writes="both"`` adds the result to the host's output
+    too.  ``residual`` adds what the module reads to its result.  ``module`` maps ``... width_in`` to ``... width``;
+    one that starts at zero gives an identity start.  ``taps`` are pieces without parameters on other modules, as
+    (path, edit), that the module needs.
     """
 
     def __init__(
         self,
         module: nn.Module,
         reads: Literal["input", "output"] = "output",
-        writes: Literal["input", "output"] = "output",
+        writes: Literal["input", "output", "both"] = "output",
         keep: bool = True,
         scale: float = 1.0,
+        residual: bool = False,
+        taps: Sequence[tuple[str, Edit]] = (),
     ) -> None:
         super().__init__()
-        if reads == "output" and writes == "input":
+        if reads == "output" and writes != "output":
             raise SiteError("a branch cannot write into the input what it reads from the output")
         self.module, self.reads, self.writes, self.keep, self.scale = module, reads, writes, keep, float(scale)
-        self.acts_before, self.acts_after = writes == "input", writes == "output"
-        self.memo: Memo | None = None
+        self.residual = residual
+        self.acts_before, self.acts_after = writes != "output", writes != "input"
+        self.memo: Memo | None = Memo() if writes == "both" else None
         self._members: Tensor | None = None
+        self._taps = tuple(taps)
 
     def placements(self, site: Site) -> Iterator[tuple[str, Edit]]:
-        if self.writes == "input" and site.entry is not None:
-            yield site.entry, self
+        taps, self._taps = self._taps, ()
+        yield from self._own_placements(site)
+        yield from taps
+
+    def _own_placements(self, site: Site) -> Iterator[tuple[str, Edit]]:
+        entry = site.entry if site.entry != site.path else None
+        if self.writes != "output" and entry is not None and site.path.startswith(f"{entry}."):
+            raise UnsupportedError(
+                f"nothing can be put before {entry!r}: what enters there is also added to its output"
+            )
+        if self.writes == "input":
+            yield entry or site.path, self
             return
         yield site.path, self
-        if self.writes == "output" and self.reads == "input" and site.entry not in (None, site.path):
-            assert site.entry is not None
+        if entry is None:
+            return
+        if self.writes == "both":
+            self.acts_before = False
+            yield entry, Entry(self)
+        elif self.reads == "input":
             self.memo = Memo()
-            yield site.entry, Tap(self.memo, reads="input")
+            yield entry, Tap(self.memo, reads="input")
 
     def rows(self, members: Tensor) -> None:
         self._members = members
 
     def before(self, host: nn.Module, x: Tensor) -> Tensor:
-        return self._written_to(x, x)
+        change = self._result(x).to(x.dtype)
+        if self.memo is not None:
+            self.memo.value = change
+        return x + change if self.keep else change
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        source = x if self.reads == "input" else y
         members, self._members = self._members, None
+        if self.writes == "both":
+            assert self.memo is not None
+            return y + self.memo.take().to(y.dtype)
+        source = x if self.reads == "input" else y
         if self.memo is not None:
             source = self.memo.take()
             source = source if members is None else source[members]
-        return self._written_to(y, source)
+        change = self._result(source).to(y.dtype)
+        return y + change if self.keep else change
 
-    def _written_to(self, target: Tensor, source: Tensor) -> Tensor:
-        change: Tensor = self.module(source)
+    def _result(self, source: Tensor) -> Tensor:
+        result: Tensor = self.module(source)
         if self.scale != 1.0:
-            change = change * self.scale
-        change = change.to(target.dtype)
-        return target + change if self.keep else change
+            result = result * self.scale
+        return result + source if self.residual else result
 
     def extra_repr(self) -> str:
-        return f"reads={self.reads!r}, writes={self.writes!r}, keep={self.keep}, scale={self.scale:g}"
+        residual = ", residual" if self.residual else ""
+        return f"reads={self.reads!r}, writes={self.writes!r}, keep={self.keep}, scale={self.scale:g}{residual}"
+
+
+class Entry(Edit):
+    """Where a sub-layer is entered at another module than it leaves: the input half of a branch that writes both.
+
+    ``owner`` holds the parameters and is not registered a second time.
+    """
+
+    acts_before = True
+    acts_after = False
+    owner: Branch
+
+    def __init__(self, owner: Branch) -> None:
+        super().__init__()
+        self.__dict__["owner"] = owner
+
+    def before(self, host: nn.Module, x: Tensor) -> Tensor:
+        return self.owner.before(host, x)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epitaxy.core.anatomy import is_linear, is_transposed_linear, linear_sizes, weight_of
-from epitaxy.core.edits.edit import Edit, cast, refuse_quantised
+from epitaxy.core.edits.edit import Edit, cast, refuse_quantised, wide
 from epitaxy.core.errors import SiteError, UnsupportedError
 from epitaxy.core.route import Route
 
@@ -24,14 +24,16 @@ Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Delta(Edit):
     """Low-rank change of one weight.
 
-    ``down``: ``rank x in`` (for a convolution ``rank x in x k...``); ``up``: ``out x rank``.  ``up`` starts at zero.
-    A generator may instead ``bind`` tensors of the same shapes, or with a leading batch dimension: one change per
-    row of the batch; gradients flow into them.
+    ``down``: ``rank x in`` (for a convolution ``rank x in x k...``); ``up``: ``out x rank``.  ``up`` starts at zero,
+    or with ``spread`` both factors start normal with that deviation.  A generator may instead ``bind`` tensors of the
+    same shapes, or with a leading batch dimension: one change per row of the batch; gradients flow into them.
     """
 
     mergeable = True
 
-    def __init__(self, host: nn.Module, rank: int, scale: float = 1.0, dropout: float = 0.0) -> None:
+    def __init__(
+        self, host: nn.Module, rank: int, scale: float = 1.0, dropout: float = 0.0, spread: float | None = None
+    ) -> None:
         super().__init__()
         if rank < 1:
             raise SiteError(f"rank must be at least 1, got {rank}")
@@ -47,7 +49,11 @@ class Delta(Edit):
         self.rank, self.scale, self.dropout = rank, float(scale), float(dropout)
         self.down = nn.Parameter(torch.empty(rank, *shape))
         self.up = nn.Parameter(torch.zeros(size_out, rank))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        if spread is None:
+            nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.down, std=spread)
+            nn.init.normal_(self.up, std=spread)
         self._bound: tuple[Tensor, Tensor] | None = None
         self._members: Tensor | None = None
 
@@ -85,8 +91,8 @@ class Delta(Edit):
             raise UnsupportedError("a change that differs from row to row of a batch cannot be merged into one weight")
 
     def change(self) -> Tensor:
-        """The full change of the weight, ``out x in (x k...)``, in fp32."""
-        down, up = (factor.float() for factor in self.factors())
+        """The full change of the weight, ``out x in (x k...)``, in fp32 or, of fp64 factors, fp64."""
+        down, up = (wide(factor) for factor in self.factors())
         change: Tensor = torch.tensordot(up, down, dims=1)
         return change * self.scale
 
@@ -95,7 +101,7 @@ class Delta(Edit):
         change = self.change().to(weight.device)
         if is_transposed_linear(host):
             change = change.t()
-        return {"weight": weight.float() + change}
+        return {"weight": wide(weight) + change}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}"

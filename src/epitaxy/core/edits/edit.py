@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epitaxy.core.errors import UnsupportedError
@@ -22,10 +23,12 @@ class Edit(nn.Module):
 
     An edit acts on the host's input (``before``), on its output (``after``), or both.  Both see one tensor whose
     first dimension runs over rows, so that the caller can send each row through another adapter.  Edits that need
-    the whole call (masks, caches) set ``rowwise`` to False and override ``rewrite_input`` and ``rewrite_output``.
+    the whole call (masks, caches) set ``rowwise`` to False and override ``rewrite_input`` and ``rewrite_output``;
+    among those on one host, the ``late`` ones rewrite the output last.
     """
 
     rowwise: ClassVar[bool] = True
+    late: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     acts_before: bool = False
     acts_after: bool = True
@@ -109,6 +112,16 @@ def with_output(output: Any, value: Tensor) -> Any:
 def cast(weight: Tensor, like: Tensor) -> Tensor:
     """``weight`` in the type of the activation it meets, so that a bf16 base works with fp32 adapters."""
     return weight if weight.dtype == like.dtype else weight.to(like.dtype)
+
+
+def wide(value: Tensor) -> Tensor:
+    """``value`` in the precision that sums are taken in: fp32, and fp64 as it is."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``layer(x)``, computed in the type of ``x``."""
+    return F.linear(x, cast(layer.weight, x), cast(layer.bias, x))
 
 
 def refuse_quantised(host: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from epitaxy.core.anatomy import INTERFACE_PREFIX, uses_interface
 from epitaxy.core.edits.edit import Arguments, Edit, cast, output_tensor, with_output
 from epitaxy.core.edits.tap import Memo, Tap
+from epitaxy.core.edits.tokens import learned_rows
 from epitaxy.core.errors import SiteError, StateError, UnsupportedError
 from epitaxy.core.route import Route
 from epitaxy.core.sites import width_out
@@ -36,16 +37,18 @@ class JointKV(Edit):
     acts_after = False
     needs_attention_interface = True
 
-    def __init__(self, tokens: int, key_width: int, value_width: int, spread: float = 0.02) -> None:
+    def __init__(
+        self, tokens: int, key_width: int, value_width: int, spread: float = 0.02, bound: float | None = None
+    ) -> None:
         super().__init__()
-        self.keys = nn.Parameter(torch.randn(tokens, key_width) * spread)
-        self.values = nn.Parameter(torch.randn(tokens, value_width) * spread)
+        self.keys = learned_rows(tokens, key_width, spread=spread, bound=bound)
+        self.values = learned_rows(tokens, value_width, spread=spread, bound=bound)
 
     @classmethod
-    def of(cls, site: Site, tokens: int, spread: float = 0.02) -> JointKV:
+    def of(cls, site: Site, tokens: int, spread: float = 0.02, bound: float | None = None) -> JointKV:
         """Keys and values of the sizes this attention layer has."""
         width = projection_width(site, "k")
-        return cls(tokens, width, projection_width(site, "v"), spread)
+        return cls(tokens, width, projection_width(site, "v"), spread, bound)
 
     def placements(self, site: Site) -> Iterator[tuple[str, Edit]]:
         if "core" not in site.part_paths:
@@ -137,14 +140,15 @@ class DecoupledKV(Edit):
         scale: float = 1.0,
         gated: bool = False,
         spread: float = 0.02,
+        bound: float | None = None,
     ) -> None:
         super().__init__()
         if (tokens is None) == (context_width is None):
             raise SiteError("give either a number of tokens or the width of a context")
         self.attention_heads, self.scale = heads, float(scale)
         if tokens is not None:
-            self.keys = nn.Parameter(torch.randn(tokens, width) * spread)
-            self.values = nn.Parameter(torch.randn(tokens, width) * spread)
+            self.keys = learned_rows(tokens, width, spread=spread, bound=bound)
+            self.values = learned_rows(tokens, width, spread=spread, bound=bound)
         else:
             assert context_width is not None
             self.to_k = nn.Linear(context_width, width, bias=False)

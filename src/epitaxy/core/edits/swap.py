@@ -1,7 +1,9 @@
 """Swap: parameters of the base replaced by trained values, without touching the base.
 
 What is stored and trained is the difference to the base's value, which starts at zero: a fresh swap is exactly the
-base, swaps of several adapters add up, and only a merge writes into the base.
+base, swaps of several adapters add up, weight decay pulls to the base, and only a merge writes into the base.  With
+``absolute`` it is the value itself, starting as a copy: what the base does when its own parameters train, so that
+weight decay pulls to zero.
 """
 
 from __future__ import annotations
@@ -12,24 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import is_linear, is_norm, is_transposed_linear, linear_sizes
+from epitaxy.core.anatomy import is_norm
 from epitaxy.core.edits.edit import Edit, cast, refuse_quantised
-from epitaxy.core.errors import SiteError, UnsupportedError
+from epitaxy.core.errors import SiteError
 
 NORMS = (nn.LayerNorm, nn.GroupNorm)
 BATCH_NORMS = nn.modules.batchnorm._NormBase  # instance norms too
 
 
 class Swap(Edit):
-    """Trained changes of 1-D parameters of a host: the bias of any module, weight and bias of a norm."""
+    """Trained changes (``absolute``: values) of 1-D parameters: the bias of any module, weight and bias of a norm."""
 
     mergeable = True
     weight: nn.Parameter
     bias: nn.Parameter
 
-    def __init__(self, host: nn.Module, names: Sequence[str] = ("bias",)) -> None:
+    def __init__(self, host: nn.Module, names: Sequence[str] = ("bias",), absolute: bool = False) -> None:
         super().__init__()
-        self.names = tuple(names)
+        self.names, self.absolute = tuple(names), absolute
         for name in self.names:
             base = getattr(host, name, None)
             if not isinstance(base, Tensor) or base.dim() != 1:
@@ -37,13 +39,20 @@ class Swap(Edit):
             if name != "bias" and not is_norm(host):
                 raise SiteError(f"only a norm's weight can be swapped, not that of {type(host).__name__}")
             kind = torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype
-            self.register_parameter(name, nn.Parameter(torch.zeros_like(base, dtype=kind)))
+            start = base.detach().to(kind, copy=True) if absolute else torch.zeros_like(base, dtype=kind)
+            self.register_parameter(name, nn.Parameter(start))
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if "weight" in self.names or (is_norm(host) and not _known(host)):
-            weight = self.weight if "weight" in self.names else torch.zeros_like(self.bias)
-            return y + _norm_change(host, x, weight, self.bias if "bias" in self.names else None).to(y.dtype)
-        return y + _along_channels(host, cast(self.bias, y), y.dim())
+            bias = self._change(host, "bias") if "bias" in self.names else None
+            weight = self._change(host, "weight") if "weight" in self.names else torch.zeros_like(self.bias)
+            return y + _norm_change(host, x, weight, bias).to(y.dtype)
+        return y + _along_channels(host, cast(self._change(host, "bias"), y), y.dim())
+
+    def _change(self, host: nn.Module, name: str) -> Tensor:
+        """The difference to the base's value."""
+        parameter: Tensor = getattr(self, name)
+        return parameter - getattr(host, name).detach().to(parameter.dtype) if self.absolute else parameter
 
     def needs_batch(self, host: nn.Module) -> bool:
         return isinstance(host, BATCH_NORMS) and (host.training or host.running_mean is None)
@@ -53,59 +62,14 @@ class Swap(Edit):
             refuse_quantised(host)
 
     def merged(self, host: nn.Module) -> Mapping[str, Tensor]:
-        return {name: getattr(host, name).detach().float() + getattr(self, name).detach() for name in self.names}
+        if self.absolute:
+            return {name: getattr(self, name).detach() for name in self.names}
+        bases = {name: getattr(host, name).detach() for name in self.names}
+        wide = {name: base.to(torch.promote_types(base.dtype, torch.float32)) for name, base in bases.items()}
+        return {name: base + getattr(self, name).detach() for name, base in wide.items()}
 
     def extra_repr(self) -> str:
-        return ", ".join(self.names)
-
-
-class Replace(Edit):
-    """A task head: the host's output is that of a new linear map, of any number of outputs."""
-
-    mergeable = True
-    exclusive = True
-
-    def __init__(self, host: nn.Module, outputs: int | None = None) -> None:
-        super().__init__()
-        if not is_linear(host):
-            raise SiteError(f"a head replaces a linear map, found {type(host).__name__}")
-        size_in, size_out = linear_sizes(host)
-        if outputs is None or outputs == size_out:
-            self._copy(host)
-            return
-        self.linear = nn.Linear(size_in, outputs)
-        nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
-
-    @torch.no_grad()
-    def _copy(self, host: nn.Module) -> None:
-        weight, bias = getattr(host, "weight", None), getattr(host, "bias", None)
-        if not isinstance(weight, Tensor) or not torch.is_floating_point(weight):
-            raise UnsupportedError(f"the quantised weight of {type(host).__name__} cannot be copied to a trained head")
-        weight = weight.t() if is_transposed_linear(host) else weight
-        kind = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-        self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=kind)
-        self.linear.weight.copy_(weight)
-        if bias is not None:
-            self.linear.bias.copy_(bias)
-
-    def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        bias = self.linear.bias
-        return F.linear(x, cast(self.linear.weight, x), None if bias is None else cast(bias, x))
-
-    def mergeable_into(self, host: nn.Module) -> None:
-        refuse_quantised(host)
-        if getattr(host, "bias", None) is None and self.linear.bias is not None:
-            raise UnsupportedError(
-                f"cannot merge a trained head into {type(host).__name__}: the base's output layer has no bias"
-            )
-
-    def merged(self, host: nn.Module) -> Mapping[str, Tensor]:
-        weight = self.linear.weight.detach()
-        new = {"weight": weight.t() if is_transposed_linear(host) else weight}
-        if self.linear.bias is not None:
-            new["bias"] = self.linear.bias.detach()
-        return new
+        return ", ".join(self.names) + (", absolute" if self.absolute else "")
 
 
 def _known(host: nn.Module) -> bool:

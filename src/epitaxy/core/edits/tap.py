@@ -12,10 +12,18 @@ from epitaxy.core.route import Route
 
 
 class Memo:
-    """Holds one tensor between two modules of one forward pass, and nothing at rest."""
+    """Holds one tensor between two modules of one forward pass, and nothing at rest.
+
+    A pass that stops halfway, as recomputed blocks do, may leave a tensor behind; it is not copied with the model.
+    ``cut`` says that the tensor was computed without a graph, as in a block under reentrant checkpointing.
+    """
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
+        self.cut = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"value": None, "cut": False}
 
     def take(self) -> Tensor:
         """Return the tensor and forget it."""

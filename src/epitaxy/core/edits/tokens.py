@@ -3,10 +3,13 @@
 Encoders: the tokens enter before the first chosen block and leave after the last one.  With ``depth > 1`` they are
 replaced by fresh ones before every later block (VPT-Deep, Jia et al. 2022, 2203.12119).  Causal language models: the
 tokens enter at the inner decoder, so that masks, positions and the key-value cache are built for the longer sequence.
+
+Tokens that span the last block of an encoder stay until after its final norm, where a pooled head may read them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +26,28 @@ if TYPE_CHECKING:
 
 
 class Tokens(Edit):
-    """``depth x tokens x width`` learned tokens; what moves them are the pieces below, which share them."""
+    """``depth x tokens x width`` learned tokens; what moves them are the pieces below, which share them.
+
+    They start from a normal distribution of deviation ``spread``, or uniform within ``bound`` where that is given.
+    With ``drop_distillation`` the distillation token leaves the sequence while they are in it; its place is then
+    given to a copy of the class token, which the model's own pooling reads.
+    """
 
     acts_after = False
 
-    def __init__(self, tokens: int, width: int, depth: int = 1, spread: float = 0.02) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        width: int,
+        depth: int = 1,
+        spread: float = 0.02,
+        bound: float | None = None,
+        drop_distillation: bool = False,
+    ) -> None:
         super().__init__()
-        self.tokens = nn.Parameter(torch.randn(depth, tokens, width) * spread)
+        self.tokens = learned_rows(depth, tokens, width, spread=spread, bound=bound)
+        self.drop_distillation = drop_distillation
+        self.dropped: int | None = None  # the distillation token's place in the model's own sequence
         self.prefilling = True
         self.in_trunk = False
         self.masked = True
@@ -57,6 +75,10 @@ class Tokens(Edit):
         if len(self.blocks) != site.count:
             raise SiteError(f"prompts take blocks in a row, not {site.count} of the blocks {first} to {last}")
         self.in_trunk, self.masked = anatomy.causal, anatomy.masked
+        if self.drop_distillation:
+            if anatomy.distillation is None:
+                raise SiteError(f"{anatomy.family} has no distillation token to drop")
+            self.dropped = anatomy.distillation
         yield site.path, self
         for number, path in enumerate(paths[first + 1 : last + 1], start=1):
             if number < self.depth or not anatomy.causal:
@@ -66,12 +88,18 @@ class Tokens(Edit):
                 raise UnsupportedError(f"prompts of {anatomy.family}, a causal language model, span all its blocks")
             assert anatomy.trunk is not None
             yield anatomy.trunk, _piece(TrunkTokens, self, 0)
+            if anatomy.last is not None:
+                yield anatomy.last, _piece(Present, self, 0)
             return
         yield site.path, _piece(Enter, self, 0)
         for spot in anatomy.roles.get("attention", ()):
             if "core" in spot.parts and spot.layer is not None and first <= spot.layer <= last:
                 yield spot.parts["core"], _piece(KeyMask, self, 0)
-        yield site.last_path, _piece(Strip, self, 0)
+        if last == len(paths) - 1 and anatomy.last is not None:
+            yield anatomy.last, _piece(Present, self, 0)
+            yield anatomy.last, _piece(Strip, self, 0)
+        else:
+            yield site.last_path, _piece(Strip, self, 0)
 
 
 class _Piece(Edit):
@@ -101,12 +129,15 @@ class Enter(_Piece):
     ) -> Arguments:
         x = first_tensor(call)
         edits = owners(group)
-        if visible(edits, route, x.shape[0], x.device) is not None and not _masks_reach(host, edits):
+        if leading(edits, route, x.shape[0], x.device) is not None and not _masks_reach(host, edits):
             raise UnsupportedError(
                 "rows with different numbers of prompt tokens need an attention mask, which this model cannot take"
             )
         tokens = gather(edits, route, 0, x.shape[0], x)
-        return _widen_mask(with_first(call, torch.cat([tokens, x], dim=1)), tokens.shape[1])
+        place = _gone(edits, route)
+        if place is not None:
+            x = torch.cat([x[:, :place], x[:, place + 1 :]], dim=1)
+        return _fit_mask(with_first(call, torch.cat([tokens, x], dim=1)), tokens.shape[1], place)
 
 
 class Renew(_Piece):
@@ -127,30 +158,44 @@ class Renew(_Piece):
             x = first_tensor(call)
             tokens = gather(edits, route, some.index, x.shape[0], x, carried=x[:, :count])
             call = with_first(call, torch.cat([tokens, x[:, count:]], dim=1))
-        return call if some.owner.in_trunk else _widen_mask(call, count)
+        return call if some.owner.in_trunk else _fit_mask(call, count, _gone(edits, route))
+
+
+class Present(_Piece):
+    """On the module that gives the last hidden states: tells a pooled head that the tokens are still in them."""
 
 
 class Strip(_Piece):
-    """After the last block: take the tokens out."""
+    """After the last block, or the norm that follows it: take the tokens out."""
 
     acts_after = True
+    late = True
 
     @classmethod
     def rewrite_output(
         cls, group: Mapping[int, Edit], route: Route | None, host: nn.Module, call: Arguments, output: Any
     ) -> Any:
-        return with_output(output, output_tensor(output)[:, _total(owners(group), route) :])
+        edits = owners(group)
+        x = output_tensor(output)[:, _total(edits, route) :]
+        place = _gone(edits, route)
+        if place is not None:
+            x = torch.cat([x[:, :place], x[:, :1], x[:, place:]], dim=1)
+        elif (rows := _hiding(edits, route, x.shape[0], x.device)) is not None:
+            place = next(edit.dropped for edit in edits.values() if edit.dropped is not None)
+            instead = torch.where(rows[:, None, None], x[:, :1], x[:, place : place + 1])
+            x = torch.cat([x[:, :place], instead, x[:, place + 1 :]], dim=1)
+        return with_output(output, x)
 
 
 class KeyMask(_Piece):
-    """On an attention module: hides the padding tokens of routed rows that have fewer tokens than others."""
+    """On an attention module: hides from routed rows the padding tokens, and a distillation token others still see."""
 
     acts_before = False
 
     @classmethod
     def seen(cls, group: Mapping[int, Edit], route: Route, batch: int, device: torch.device) -> Tensor | None:
         """Which of the leading tokens each row may see, ``b tokens``, or None when every row sees all."""
-        return visible(owners(group), route, batch, device)
+        return leading(owners(group), route, batch, device)
 
 
 class TrunkTokens(_Piece):
@@ -236,9 +281,59 @@ def owners(group: Mapping[int, Edit]) -> dict[int, Tokens]:
     return {number: edit.owner for number, edit in group.items() if isinstance(edit, _Piece)}
 
 
+def learned_rows(*shape: int, spread: float, bound: float | None = None) -> nn.Parameter:
+    """Rows that start normal with deviation ``spread``, or uniform within ``bound`` where that is given."""
+    return nn.Parameter(torch.randn(shape) * spread if bound is None else torch.empty(shape).uniform_(-bound, bound))
+
+
+def vpt_bound(site: Site) -> float:
+    """Bound of the uniform start of visual prompt tuning: Xavier's, for a patch of three channels to ``width``."""
+    if site.patch is None:
+        raise SiteError(f"{site.anatomy.family} has no patch embedding, whose size init='vpt' needs; use init='normal'")
+    return math.sqrt(6.0 / (3 * site.patch + site.require_width()))
+
+
 def _total(edits: Mapping[int, Tokens], route: Route | None) -> int:
     counts = [edit.count for edit in edits.values()]
     return sum(counts) if route is None else max(counts)
+
+
+def _dropping(edits: Mapping[int, Tokens], route: Route | None) -> tuple[bool, ...]:
+    """Whether each row is without the distillation token; one entry for all rows where there is no route."""
+    if route is None:
+        return (any(edit.dropped is not None for edit in edits.values()),)
+    return tuple(number in edits and edits[number].dropped is not None for number in route.numbers)
+
+
+def _gone(edits: Mapping[int, Tokens], route: Route | None) -> int | None:
+    """Place of the distillation token in the model's own sequence when no row has it, so that it can leave."""
+    if not all(_dropping(edits, route)):
+        return None
+    return next(edit.dropped for edit in edits.values() if edit.dropped is not None)
+
+
+def _hiding(edits: Mapping[int, Tokens], route: Route | None, batch: int, device: torch.device) -> Tensor | None:
+    """The rows, ``b``, that only may not see the distillation token because other rows need it; None without any."""
+    rows = _dropping(edits, route)
+    if route is None or all(rows) or not any(rows):
+        return None
+    numbers = [number in edits and edits[number].dropped is not None for number in range(len(route.names) + 1)]
+    return torch.tensor(numbers, device=device)[route.expanded(batch, device)]
+
+
+def special_tokens(edits: Mapping[int, Tokens], route: Route | None, special: int) -> int:
+    """How many of the model's ``special`` tokens are in the sequence."""
+    return special if not edits or _gone(edits, route) is None else special - 1
+
+
+def leading(edits: Mapping[int, Tokens], route: Route | None, batch: int, device: torch.device) -> Tensor | None:
+    """Which tokens at the start of the sequence each row sees, ``b tokens``; None when every row sees all."""
+    seen, hidden = visible(edits, route, batch, device), _hiding(edits, route, batch, device)
+    if hidden is None:
+        return seen
+    place = next(edit.dropped for edit in edits.values() if edit.dropped is not None)
+    before = torch.ones(batch, place + (_total(edits, route) if seen is None else 0), dtype=torch.bool, device=device)
+    return torch.cat([*([] if seen is None else [seen]), before, ~hidden[:, None]], dim=1)
 
 
 def gather(
@@ -295,13 +390,24 @@ def _masks_reach(host: nn.Module, edits: Mapping[int, Tokens]) -> bool:
     return bool(slot.state.interface) and all(edit.masked for edit in edits.values())  # type: ignore[union-attr]
 
 
-def _widen_mask(call: Arguments, count: int) -> Arguments:
+def _fit_mask(call: Arguments, count: int, place: int | None) -> Arguments:
+    """The call of a block with its mask made for the sequence with tokens."""
     args, kwargs = call
     if "attention_mask" in kwargs:
-        return args, {**kwargs, "attention_mask": widen(kwargs["attention_mask"], count)}
+        return args, {**kwargs, "attention_mask": widen(_without(kwargs["attention_mask"], place), count)}
     if len(args) > 1 and isinstance(args[1], Tensor):
-        return (args[0], widen(args[1], count), *args[2:]), kwargs
+        return (args[0], widen(_without(args[1], place), count), *args[2:]), kwargs
     return call
+
+
+def _without(mask: Tensor | None, place: int | None) -> Tensor | None:
+    """The mask of a sequence that lacks the token at ``place``."""
+    if mask is None or place is None:
+        return mask
+    mask = torch.cat([mask[..., :place], mask[..., place + 1 :]], dim=-1)
+    if mask.dim() == 4 and mask.shape[-2] > 1:
+        mask = torch.cat([mask[..., :place, :], mask[..., place + 1 :, :]], dim=-2)
+    return mask
 
 
 def widen(mask: Tensor | None, count: int) -> Tensor | None:

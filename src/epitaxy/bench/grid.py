@@ -1,0 +1,211 @@
+"""Grids: a table of a paper as a file.  Rows are mostly methods, columns data sets; every cell is one or more runs.
+
+A grid file names a base ``recipe``, ``rows``, ``columns``, ``seeds``, and the ``published`` numbers to compare with.  A
+row or column is a mapping of
+
+* ``recipe``: a recipe file of which the keys count that the file says itself, not those it extends;
+* ``set``: keys of a recipe, nested or dotted;
+* ``folds`` (columns): values of ``data.fold``, over which the cell is averaged;
+* ``curve`` and ``at`` (columns): the chart this column is a point of, and its place there.
+
+A cell's recipe is the base recipe, under the row, under the column, under the exceptions in ``cells``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from epitaxy.core.errors import nearest
+from epitaxy.train.recipe import Recipe, RecipeError, Section
+from epitaxy.train.recipe_files import compose, find_recipe, own_keys
+from epitaxy.train.strict_yaml import parse
+
+PERCENT = Annotated[float, Field(ge=0, le=100)]
+
+
+def _entry(value: Any) -> Any:
+    return {"recipe": value} if isinstance(value, str) else {} if value is None else value
+
+
+class Row(Section):
+    """One line of the table."""
+
+    recipe: str | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
+class Column(Section):
+    """One column of the table."""
+
+    recipe: str | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+    folds: tuple[int, ...] = ()
+    curve: str | None = None
+    at: float | None = None
+
+
+class Grid(Section):
+    """A grid file; ``published`` holds percent, ``cells`` exceptions by row and column (``skip: true``: no such cell).
+
+    ``seed_keys`` are the keys that a seed sets; ``average`` adds a column with the mean over all columns.
+    """
+
+    title: str
+    recipe: str
+    out: Path
+    rows: dict[str, Annotated[Row, BeforeValidator(_entry)]]
+    columns: dict[str, Annotated[Column, BeforeValidator(_entry)]]
+    cells: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    seed_keys: tuple[str, ...] = ("train.seed",)
+    metric: str = "accuracy"
+    published: dict[str, dict[str, PERCENT]] = Field(default_factory=dict)
+    average: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a cell."""
+
+    recipe: Recipe
+    fold: int | None
+    seed: int
+
+    @property
+    def title(self) -> str:
+        """What tells it from the other runs of the cell."""
+        return (f"fold {self.fold} " if self.fold is not None else "") + f"seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row on one column: its runs, and the published percentage where there is one."""
+
+    row: str
+    column: str
+    runs: tuple[Planned, ...]
+    published: float | None
+
+    @property
+    def title(self) -> str:
+        """``row / column``."""
+        return f"{self.row} / {self.column}"
+
+
+def load_grid(name: str) -> tuple[Path, Grid]:
+    """A grid file, or a shipped one by name; raises ``RecipeError`` naming the key that is wrong."""
+    file = find_recipe(name, grid=True)
+    values = parse(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(values, dict) or "rows" not in values:
+        raise RecipeError(f"{file}: not a grid: expected the keys recipe, rows and columns; a recipe runs with train")
+    for key in values:
+        if key not in Grid.model_fields:
+            raise RecipeError(f"{file}: {key!r} is no key of a grid{nearest(str(key), Grid.model_fields)}")
+    try:
+        grid = Grid.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{file}: {place}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+    _check(file, grid)
+    return file, grid
+
+
+def cells_of(
+    file: Path, grid: Grid, only: Sequence[str] = (), overrides: Sequence[str] = (), out: Path | None = None
+) -> list[Cell]:
+    """The cells that ``only`` leaves, column by column.
+
+    ``only`` holds names of rows, of columns, or ``ROW/COLUMN``, with ``*`` for anything.  An override is ``key=value``
+    for every cell or ``SCOPE:key=value`` with a scope written like an entry of ``only``.
+    """
+    pairs = [(row, column) for column in grid.columns for row in grid.rows if not _exception(grid, row, column)[0]]
+    scoped = [_scoped(text) for text in overrides]
+    for pattern in [*only, *(scope for scope, _ in scoped if scope)]:
+        if not any(_matches(pattern, *pair) for pair in pairs):
+            raise RecipeError(f"{file}: no cell is called {pattern!r}{nearest(pattern, [*grid.rows, *grid.columns])}")
+    chosen = [pair for pair in pairs if not only or any(_matches(pattern, *pair) for pattern in only)]
+    return [_cell(file, grid, row, column, scoped, out or grid.out) for row, column in chosen]
+
+
+def _cell(file: Path, grid: Grid, row: str, column: str, scoped: Sequence[tuple[str, str]], out: Path) -> Cell:
+    base = find_recipe(grid.recipe, beside=file.parent)
+    layers = [
+        *_layers(file, f"rows.{row}", grid.rows[row].recipe, grid.rows[row].set),
+        *_layers(file, f"columns.{column}", grid.columns[column].recipe, grid.columns[column].set),
+        (f"{file}: cells.{row}.{column}", _exception(grid, row, column)[1]),
+    ]
+    overrides = [text for scope, text in scoped if not scope or _matches(scope, row, column)]
+    runs = []
+    for fold in grid.columns[column].folds or (None,):
+        for seed in grid.seeds:
+            name = (f"fold{fold}-" if fold is not None else "") + f"seed{seed}"
+            own: dict[str, Any] = dict.fromkeys(grid.seed_keys, seed)
+            own |= {} if fold is None else {"data.fold": fold}
+            own |= {"name": f"{slug(row)}-{name}", "out": str(out / slug(row) / slug(column) / name)}
+            runs.append(Planned(compose(base, [*layers, (str(file), own)], overrides), fold, seed))
+    return Cell(row, column, tuple(runs), grid.published.get(row, {}).get(column))
+
+
+def _layers(
+    file: Path, place: str, recipe: str | None, keys: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    if recipe is not None:
+        try:
+            found = find_recipe(recipe, beside=file.parent)
+        except RecipeError as error:
+            raise RecipeError(f"{file}: {place}.recipe: {error}") from None
+        yield str(found), {key: value for key, value in own_keys(found).items() if key not in ("name", "out")}
+    yield f"{file}: {place}.set", dict(keys)
+
+
+def _exception(grid: Grid, row: str, column: str) -> tuple[bool, dict[str, Any]]:
+    """Whether a cell is left out, and the keys it has of its own."""
+    keys = dict(grid.cells.get(row, {}).get(column, {}))
+    return bool(keys.pop("skip", False)), keys
+
+
+def _check(file: Path, grid: Grid) -> None:
+    if not grid.rows or not grid.columns or not grid.seeds:
+        raise RecipeError(f"{file}: a grid needs at least one row, one column and one seed")
+    for what, names in (("rows", grid.rows), ("columns", grid.columns)):
+        slugs = [slug(name) for name in names]
+        for name in names:
+            if "/" in name or not slug(name) or slugs.count(slug(name)) > 1:
+                raise RecipeError(f"{file}: {what}: {name!r} cannot name a directory of its own; use other letters")
+    for what, table in (("published", grid.published), ("cells", grid.cells)):
+        for row, columns in table.items():
+            if row not in grid.rows:
+                raise RecipeError(f"{file}: {what}: no row is called {row!r}{nearest(row, grid.rows)}")
+            for column in columns:
+                if column not in grid.columns:
+                    raise RecipeError(f"{file}: {what}: no column is called {column!r}{nearest(column, grid.columns)}")
+    for name, column_of in grid.columns.items():
+        if (column_of.curve is None) is not (column_of.at is None):
+            raise RecipeError(f"{file}: columns.{name}: curve and at belong together")
+
+
+def _scoped(text: str) -> tuple[str, str]:
+    """An override as (its scope or "", ``key=value``)."""
+    found = re.fullmatch(r"([^=:]+):([A-Za-z_][\w.]*=.*)", text, re.DOTALL)
+    return (found[1], found[2]) if found else ("", text)
+
+
+def _matches(pattern: str, row: str, column: str) -> bool:
+    first, slash, second = (part.lower() for part in pattern.partition("/"))
+    if slash:
+        return fnmatch.fnmatchcase(row.lower(), first) and fnmatch.fnmatchcase(column.lower(), second)
+    return any(fnmatch.fnmatchcase(name.lower(), first) for name in (row, column))
+
+
+def slug(name: str) -> str:
+    """A name as part of a path."""
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")

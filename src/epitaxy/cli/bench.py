@@ -1,0 +1,168 @@
+"""``epitaxy bench``: carry out a grid of runs, such as a table of a paper, and compare with what was published."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from epitaxy.cli import arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from epitaxy.bench.grid import Cell, Grid, Planned
+
+JSON, MARKDOWN = "grid.json", "grid.md"
+
+
+def command(
+    grid: Annotated[
+        str,
+        typer.Argument(metavar="GRID", help="A grid file, or a shipped one (ast_petl/table1).", show_default=False),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SCOPE:]KEY=VALUE",
+            help="Changes to every cell, or to a row, a column or ROW/COLUMN: ESC-50:data.source=/data/ESC-50.",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="NAME", help="Only this row, column or ROW/COLUMN; * stands for anything."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The directory of all runs.", show_default="as the grid says")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their cost, and run nothing.")] = False,
+    probe: Annotated[bool, typer.Option(help="With --dry-run: measure a few steps for the times.")] = True,
+    stop: Annotated[bool, typer.Option("--stop", help="Stop at the first run that fails.")] = False,
+    json: arguments.Json = False,
+) -> None:
+    """Carry out a grid of runs and compare it with published numbers.
+
+    Every cell is one or more ordinary run directories, averaged over folds and seeds.  The same command again skips
+    what is finished and resumes what was interrupted.  The directory gets grid.json, grid.md and grid.html.
+    """
+    from epitaxy.bench.grid import cells_of, load_grid
+
+    file, loaded = load_grid(grid)
+    place = out or loaded.out
+    cells = cells_of(file, loaded, only or (), overrides or (), place)
+    if dry_run:
+        _list(cells, probe, json)
+        return
+    _carry_out(file, loaded, cells, cells_of(file, loaded, (), overrides or (), place), place, stop, json)
+
+
+def _carry_out(
+    file: Path, grid: Grid, cells: Sequence[Cell], table: Sequence[Cell], out: Path, stop: bool, json: bool
+) -> None:
+    """Run ``cells``; the files tell of the whole ``table``, which earlier calls may have filled in part."""
+    from epitaxy.bench.carry_out import carry_out
+    from epitaxy.cli.console import say
+    from epitaxy.core.errors import EpitaxyError
+    from epitaxy.report.figures import seconds
+    from epitaxy.train.run import leads
+
+    if out.exists() and not out.is_dir():
+        raise EpitaxyError(f"{out}: expected a directory for the runs, found a file")
+    total, number = sum(len(cell.runs) for cell in cells), 0
+    failures: dict[str, str] = {}
+
+    def told(cell: Cell, planned: Planned, result: dict[str, Any] | None, reason: str | None, finished: bool) -> None:
+        nonlocal number
+        number += 1
+        if not leads():
+            return
+        head = f"[{number}/{total}] {cell.title}, {planned.title}: "
+        if result is None:
+            failures[f"{cell.title}, {planned.title}"] = str(reason)
+            print(f"{head}failed: {reason}", file=sys.stderr, flush=True)
+        elif not json:
+            scored = f"{grid.metric} {100 * result['test'].get(grid.metric, float('nan')):.2f} %"
+            say(head + scored + (", finished before" if finished else f", {seconds(result['train_seconds'])}"))
+
+    try:
+        carry_out(cells, told, stop)
+    finally:  # an interrupted grid leaves its table too
+        if leads() and any((planned.recipe.out).exists() for cell in table for planned in cell.runs):
+            _write(file, grid, table, failures, out, json)
+    if failures:
+        raise EpitaxyError(f"{len(failures)} of {total} runs failed; the same command goes on where it stopped")
+
+
+def _write(file: Path, grid: Grid, cells: Sequence[Cell], failures: dict[str, str], out: Path, json: bool) -> None:
+    from epitaxy.bench.grid_page import build_page
+    from epitaxy.bench.outcome import as_json, legend, lines, markdown, outcome
+    from epitaxy.cli.console import say, say_json, table
+    from epitaxy.core.files import write_atomically
+    from epitaxy.train.run_directory import write_json
+
+    outcomes = [outcome(cell, grid.metric) for cell in cells]
+    found = as_json(file, grid, outcomes, failures)
+    write_json(out / JSON, found)
+    write_atomically(out / MARKDOWN, markdown(grid, outcomes, failures).encode())
+    page = build_page(grid, outcomes, failures, out)
+    if json:
+        say_json(found)
+        return
+    columns, rows = lines(grid, outcomes)
+    say(f"\n{grid.title}")
+    table(columns, rows, columns[1:])
+    say(legend(outcomes))
+    say(f"{out / JSON}, {out / MARKDOWN}, {page}")
+
+
+def _list(cells: Sequence[Cell], probe: bool, json: bool) -> None:
+    """Every cell with its method, its cost, and how far its runs are."""
+    from epitaxy.bench.carry_out import standing
+    from epitaxy.cli.console import say, say_json, table
+    from epitaxy.core.errors import EpitaxyError
+    from epitaxy.report.figures import count, seconds
+    from epitaxy.train.plan import plan
+
+    found: list[dict[str, Any]] = []
+    for cell in cells:
+        states = [standing(planned) for planned in cell.runs]
+        row: dict[str, Any] = {"cell": cell.title, "runs": len(states), "finished": states.count("finished")}
+        row |= {"begun": states.count("begun"), "published": cell.published, "problem": None}
+        row |= {"method": None, "steps": None, "trained_parameters": None, "seconds": None}
+        try:
+            told = plan(cell.runs[0].recipe, measure=probe)
+            row |= {"method": told.title, "steps": told.steps, "trained_parameters": told.trained_parameters}
+            if told.time is not None:
+                row["seconds"] = told.time.total * (len(states) - states.count("finished"))
+        except EpitaxyError as error:
+            row["problem"] = " ".join(str(error).split())
+        found.append(row)
+    if json:
+        say_json(found)
+        return
+    names = ("runs", "finished", "steps", "trained parameters", "time left")
+    table(
+        ["cell", "method", *names],
+        [
+            [
+                row["cell"],
+                row["method"] or "?",
+                str(row["runs"]),
+                str(row["finished"]),
+                count(row["steps"]),
+                count(row["trained_parameters"]),
+                seconds(row["seconds"]),
+            ]
+            for row in found
+        ],
+        names,
+    )
+    total = [row["seconds"] for row in found if row["seconds"] is not None]
+    runs = sum(row["runs"] for row in found)
+    say(f"{len(found)} cells, {runs} runs" + (f", about {seconds(sum(total))} left on this machine" if total else ""))
+    for row in found:
+        if row["problem"]:
+            say(f"{row['cell']}: cannot run yet: {row['problem']}")

@@ -1,0 +1,73 @@
+"""Where a branch stands to its sub-layer: beside it, after it, or before it, with or without a residual connection.
+
+With ``F`` the frozen sub-layer, ``n`` what it receives, ``A`` the branch and ``s`` its scale, the sub-layer's new
+output is
+
+- parallel: ``F(n) + s A(n)``, with a residual ``F(n) + s A(n) + n``;
+- sequential: ``s A(F(n))``, which *replaces* the output, with a residual ``s A(F(n)) + F(n)``;
+- before: ``F(v) + v`` with ``v = s A(n)``, with a residual ``v = s A(n) + n``.
+
+The residual always adds what the branch reads to its result.  A branch that reads the output and is added to it
+("parallel after") is the sequential one with a residual, so it has no name of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import nn
+
+from epitaxy.core.edits.branch import Branch
+from epitaxy.core.edits.edit import Edit
+from epitaxy.core.errors import SiteError, expect_one_of
+from epitaxy.core.sites import Site
+
+Order = Literal["parallel", "sequential", "before"]
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """One of the patterns above; ``residual=None`` means the recommended one, with a residual iff sequential."""
+
+    order: Order = "parallel"
+    residual: bool | None = None
+
+    def __post_init__(self) -> None:
+        expect_one_of("order", self.order, get_args(Order))
+        if self.residual is None:
+            object.__setattr__(self, "residual", self.order == "sequential")
+
+    @property
+    def departs(self) -> str | None:
+        """Why even a branch that starts at zero changes the output; None where it does not."""
+        if self.order == "before":
+            return "the sub-layer receives the adapter's result in place of its input"
+        if self.order == "parallel" and self.residual:
+            return "the residual adds the sub-layer's input to its output"
+        if self.order == "sequential" and not self.residual:
+            return "without a residual the adapter's result replaces the sub-layer's output"
+        return None
+
+    def width_in(self, site: Site) -> int:
+        """Width of what the branch reads; raises ``SiteError`` where the pattern needs equal widths and they differ."""
+        width = site.require_width()
+        if self.order == "sequential":
+            return width
+        width_in = site.width_in or width
+        if width_in != width and (self.residual or self.order == "before"):
+            pattern = "a residual" if self.order == "parallel" else "the order 'before'"
+            raise SiteError(
+                f"{pattern} needs input and output of one width at {site.path!r}, found {width_in} and {width}"
+            )
+        return width_in
+
+    def branch(self, module: nn.Module, scale: float = 1.0, taps: Sequence[tuple[str, Edit]] = ()) -> Branch:
+        """The edit that inserts ``module``."""
+        residual = bool(self.residual)
+        if self.order == "parallel":
+            return Branch(module, reads="input", scale=scale, residual=residual, taps=taps)
+        if self.order == "sequential":
+            return Branch(module, reads="output", keep=residual, scale=scale, taps=taps)
+        return Branch(module, reads="input", writes="both", keep=False, scale=scale, residual=residual, taps=taps)

@@ -1,0 +1,61 @@
+"""What a run needs for sounds: the model opened for the wanted clips, and a task fed by our front end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from epitaxy.core.errors import EpitaxyError, FormatError
+from epitaxy.data.audio.front_end import build
+from epitaxy.data.audio.spec import AudioSpec
+from epitaxy.data.splits import Splits
+from epitaxy.models.opening import InputSize, Opened, open_classifier
+from epitaxy.tasks.classification import Classification
+
+FRONT_END = "front_end"  # its place in an adapter's provenance
+
+
+def audio_spec(asked: AudioSpec | None, splits: Splits) -> AudioSpec | None:
+    """The settings in force for ``splits``, None for pictures and texts; raises when sounds were expected."""
+    if splits.modality == "audio":
+        return asked or AudioSpec()
+    if asked is not None:
+        found = {"vision": "pictures", "text": "texts"}[splits.modality]
+        raise EpitaxyError(f"data.audio: is for sounds, and these data are {found}; leave it out")
+    return None
+
+
+def open_for(source: str, classes: Sequence[str], dtype: str, spec: AudioSpec | None) -> Opened:
+    """Open a classifier whose input has the size that ``spec`` asks for."""
+    return open_classifier(source, classes, dtype, None if spec is None else input_size(spec))
+
+
+def input_size(spec: AudioSpec) -> InputSize:
+    """The part of the settings that changes the model."""
+    return InputSize(spec.frames, spec.mels, spec.positions, spec.legacy)
+
+
+def task_for(opened: Opened, splits: Splits, spec: AudioSpec | None) -> Classification:
+    """Classification with our front end where the model and the data are of sounds."""
+    if spec is None or opened.modality != "audio":
+        return Classification(opened, splits.classes)
+    training = (splits.train[row] for row in range(len(splits.train)))
+    return Classification(opened, splits.classes, front_end=build(spec, opened.processor, training))
+
+
+def settings_of(task: Classification) -> dict[str, Any] | None:
+    """The settings of a task's front end with nothing left open, as plain data."""
+    spec = getattr(task.front_end, "spec", None)
+    return None if spec is None else spec.stored()
+
+
+def stored_spec(provenance: Mapping[str, Any], origin: str, asked: AudioSpec | None = None) -> AudioSpec | None:
+    """The settings an adapter was trained with, None when it has none; the cache is that of ``asked``."""
+    found = provenance.get(FRONT_END)
+    if found is None:
+        return None
+    if not isinstance(found, Mapping):
+        raise FormatError(f"{origin}: its front end should be a mapping, found {found!r}")
+    spec = AudioSpec.from_stored(found, origin)
+    return spec if asked is None else replace(spec, cache=asked.cache, cache_gigabytes=asked.cache_gigabytes)

@@ -21,6 +21,7 @@ from epitaxy import EpitaxyError
 from epitaxy.core.host import hosted
 from epitaxy.interop import ast_petl
 from epitaxy.interop.ast_petl import Published
+from epitaxy.interop.ast_petl_base import base_names, base_tensors
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "ast_petl"
 pytestmark = pytest.mark.skipif(
@@ -249,7 +250,7 @@ def test_bitfit(tmp_path: Path) -> None:
     base, changed = model(), model()
     adapter = epitaxy.load(base, written(state, tmp_path / "best.pth"))
     assert {part["method"] for part in adapter.config} == {"bitfit", "norm_tuning", "head"}
-    places = ast_petl._base_tensors(changed, ast_petl._base_names(changed))
+    places = base_tensors(changed, base_names(changed))
     for key in chosen:
         path, leaf = places[key]
         changed.get_submodule(path).get_parameter(leaf).data.copy_(state[key])

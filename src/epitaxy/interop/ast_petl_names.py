@@ -40,6 +40,7 @@ CONFORMER = {
 }
 EXPERTS = {"bottleneck": BOTTLENECK, "convpass": {"down": "adapter_down", "conv": "adapter_conv", "up": "adapter_up"}}
 HEAD = "classification_head"
+PREFIXES = ("model.", "")  # the published classes hold the trunk twice
 COUNTER = "bnorm.num_batches_tracked"
 
 
@@ -71,7 +72,7 @@ class Style:
 
     upper: bool = False
     single: bool = False
-    aliases: tuple[str, ...] = ("model.", "")
+    aliases: tuple[str, ...] = PREFIXES
     batches: int = 0
 
 
@@ -279,4 +280,4 @@ def _with_first(tensor: Tensor) -> list[Tensor]:
     return [tensor.unsqueeze(0)]
 
 
-__all__ = ["COUNTER", "ENTRIES", "Entry", "HEAD", "LAYER", "Link", "Published", "Side", "Style", "links"]
+__all__ = ["COUNTER", "ENTRIES", "Entry", "HEAD", "LAYER", "Link", "PREFIXES", "Published", "Side", "Style", "links"]

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epitaxy.core.edits.edit import Arguments, Edit, cast, output_tensor, with_output
+from epitaxy.core.edits.start import learned_rows
 from epitaxy.core.edits.tap import Memo, Tap
-from epitaxy.core.edits.tokens import learned_rows
 from epitaxy.core.errors import SiteError, UnsupportedError
 from epitaxy.core.route import Route
 from epitaxy.core.sites import width_out

@@ -80,6 +80,27 @@ DECLARED = (
         says="takes no extra tokens",
     ),
     Limit(
+        "conformer* convpass* grid_conv",
+        "llama mistral gpt2",
+        "attaches",
+        "a convolution over tokens would let them see later ones",
+        says="see later ones",
+    ),
+    Limit(
+        "convpass grid_conv",
+        "swin",
+        "attaches",
+        "its blocks work on windows, and its patch grid shrinks from stage to stage",
+        says="work on windows of a fixed grid",
+    ),
+    Limit(
+        "convpass grid_conv",
+        "bert sd15 sdxl",
+        "attaches",
+        "it has no patch grid that could be told",
+        says="no convolution known to make its tokens",
+    ),
+    Limit(
         "bitfit lora_bitfit_head",
         "llama mistral",
         "attaches",

@@ -8,10 +8,24 @@ from functools import cache
 from typing import Any
 
 import epitaxy
-from epitaxy import BitFit, Bottleneck, DenseMoA, Head, LoRA, NormTuning, Prefix, Prompt, SoftMoA
+from epitaxy import (
+    BitFit,
+    Bottleneck,
+    Conformer,
+    Convpass,
+    DenseMoA,
+    GridConv,
+    Head,
+    LoRA,
+    NormTuning,
+    Prefix,
+    Prompt,
+    SoftMoA,
+)
 from epitaxy.core.registry import methods_in
 
 CONVOLUTIONS = {"wav2vec2": "*conv_layers.*.conv"}  # its positional convolution is grouped, which LoRA refuses
+GRIDS = {"plain": (2, 3)}  # models that do not tell their patch grid
 
 PATCHED = ("vit", "dinov2", "ast")  # without a patch embedding the published start of prompts is not defined
 
@@ -60,12 +74,38 @@ WRITTEN = (
         "Soft-MoA, normalised, 2 slots, Convpass experts",
         lambda family: SoftMoA(at="mlp", experts=2, slots=2, bottleneck=3, expert="convpass", normalise=True),
     ),
+    Variant(
+        "bottleneck_before",
+        "Bottleneck, before",
+        lambda family: Bottleneck(bottleneck=12, order="before", residual=True, activation="gelu"),
+    ),
+    Variant(
+        "bottleneck_replacing",
+        "Bottleneck, in place of the output",
+        lambda family: Bottleneck(at=("attention", "mlp"), reduction=3, order="sequential", residual=False),
+    ),
+    Variant("conformer", "Conformer", lambda family: Conformer(bottleneck=4, kernel=4)),
+    Variant(
+        "conformer_sequential",
+        "Conformer, sequential, layer norm inside",
+        lambda family: Conformer(
+            at=("attention", "mlp"), bottleneck=4, kernel=31, order="sequential", norm="none", inner_norm="layer"
+        ),
+    ),
+    Variant("convpass", "Convpass", lambda family: Convpass(bottleneck=4, dropout=0.0, grid=GRIDS.get(family))),
+    Variant(
+        "convpass_1d",
+        "Convpass, along the sequence",
+        lambda family: Convpass(bottleneck=4, dropout=0.0, dimensions=1),
+    ),
+    Variant("grid_conv", "Grid convolution", lambda family: GridConv(bottleneck=6, kernel=4, grid=GRIDS.get(family))),
     Variant("prompt", "Prompt, shallow", lambda family: Prompt(tokens=3)),
     Variant("prompt_deep", "Prompt, deep", lambda family: Prompt(tokens=3, deep=True)),
     Variant("prefix", "Prefix, joint", lambda family: Prefix(tokens=3)),
     Variant("prefix_gated", "Prefix, gated", lambda family: Prefix(tokens=3, gated=True)),
     Variant("bitfit", "BitFit", lambda family: BitFit()),
     Variant("norm_tuning", "NormTuning", lambda family: NormTuning()),
+    Variant("norm_tuning_legacy", "NormTuning, legacy", lambda family: NormTuning(legacy=True)),
     Variant("head", "Head, a copy of the base's", lambda family: Head()),
     Variant("head_labels", "Head, 5 labels", lambda family: Head(labels=5)),
     Variant("head_pooled", "Head on the mean of all tokens", lambda family: Head(pool="all")),

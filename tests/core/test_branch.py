@@ -24,6 +24,7 @@ def hosted(branch: Branch) -> nn.Linear:
     return host
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize(
     ("reads", "writes", "keep"),
@@ -34,19 +35,23 @@ def hosted(branch: Branch) -> nn.Linear:
         ("output", "output", False),
         ("input", "input", True),
         ("input", "input", False),
+        ("input", "both", True),
+        ("input", "both", False),
     ],
 )
-def test_branch_is_the_sum_it_says(reads: str, writes: str, keep: bool, scale: float) -> None:
+def test_branch_is_the_sum_it_says(reads: str, writes: str, keep: bool, scale: float, residual: bool) -> None:
     torch.manual_seed(1)
     module = nn.Linear(4, 4)
-    host = hosted(Branch(module, reads=reads, writes=writes, keep=keep, scale=scale))  # type: ignore[arg-type]
+    host = hosted(Branch(module, reads=reads, writes=writes, keep=keep, scale=scale, residual=residual))  # type: ignore[arg-type]
     x = torch.randn(2, 3, 4)
     plain = nn.functional.linear(x, host.weight, host.bias)
-    if writes == "input":
-        changed = scale * module(x) + (x if keep else 0)
-        expected = nn.functional.linear(changed, host.weight, host.bias)
+    source = x if reads == "input" else plain
+    result = scale * module(source) + (source if residual else 0)
+    if writes == "output":
+        expected = result + (plain if keep else 0)
     else:
-        expected = scale * module(x if reads == "input" else plain) + (plain if keep else 0)
+        expected = nn.functional.linear(result + (x if keep else 0), host.weight, host.bias)
+        expected = expected + (result if writes == "both" else 0)
     torch.testing.assert_close(host(x), expected)
 
 

@@ -66,15 +66,19 @@ def trained(make: Callable[[], nn.Module], method: Any) -> tuple[Box, Box, epita
     assert isinstance(edit, Swap)
     with torch.no_grad():
         for name in edit.names:
-            getattr(written.layer, name).add_(getattr(edit, name))
+            if edit.absolute:
+                getattr(written.layer, name).copy_(getattr(edit, name))
+            else:
+                getattr(written.layer, name).add_(getattr(edit, name))
     return model, written, adapter
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("legacy", [False, True], ids=["difference", "value"])
 @pytest.mark.parametrize("kind", HOSTS)
-def test_a_tuned_norm_is_the_norm_with_other_parameters(kind: str, training: bool) -> None:
+def test_a_tuned_norm_is_the_norm_with_other_parameters(kind: str, legacy: bool, training: bool) -> None:
     make, shape = HOSTS[kind]
-    model, written, adapter = trained(make, epitaxy.NormTuning(at="layer"))
+    model, written, adapter = trained(make, epitaxy.NormTuning(at="layer", legacy=legacy))
     model.train(training)
     written.train(training)
     x = torch.randn(shape) * 3 + 1
@@ -84,10 +88,11 @@ def test_a_tuned_norm_is_the_norm_with_other_parameters(kind: str, training: boo
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in adapter.parameters())
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["difference", "value"])
 @pytest.mark.parametrize("kind", BIASES)
-def test_a_tuned_bias_is_the_layer_with_another_bias(kind: str) -> None:
+def test_a_tuned_bias_is_the_layer_with_another_bias(kind: str, legacy: bool) -> None:
     make, shape = BIASES[kind]
-    model, written, _ = trained(make, epitaxy.BitFit(at="layer"))
+    model, written, _ = trained(make, epitaxy.BitFit(at="layer", legacy=legacy))
     x = torch.randn(shape)
     torch.testing.assert_close(model(x), written(x), rtol=1e-5, atol=1e-5)
 
@@ -104,8 +109,9 @@ def test_a_fresh_change_of_a_norm_is_exactly_none(kind: str) -> None:
         x = torch.randn(shape).to(dtype)
         with torch.no_grad():
             base = model(x)
-            epitaxy.attach(model, epitaxy.NormTuning(at="layer"), name="a")
-            assert torch.equal(model(x), base)
+            for name, legacy in (("a", False), ("b", True)):
+                epitaxy.attach(model, epitaxy.NormTuning(at="layer", legacy=legacy), name=name)
+                assert torch.equal(model(x), base)
 
 
 def test_a_small_change_shows_beside_the_one_of_gemma_in_half_precision() -> None:
@@ -131,6 +137,33 @@ def test_several_changes_of_one_norm_add_up_and_merge() -> None:
     epitaxy.merge(model, "b")
     torch.testing.assert_close(model.layer.weight, written.layer.weight)
     torch.testing.assert_close(model.layer.bias, written.layer.bias)
+
+
+def test_weight_decay_pulls_to_the_base_or_to_zero() -> None:
+    """A trained value decays as the base's own parameter would in a plain script; a difference does not move at all."""
+    for legacy, kept in ((False, 1.0), (True, 0.9)):
+        model, plain = Box(nn.LayerNorm(6)), nn.LayerNorm(6)
+        adapter = epitaxy.attach(model, epitaxy.NormTuning(at="layer", legacy=legacy), name="a")
+        for parameters in (adapter.parameters(), plain.parameters()):
+            for parameter in (chosen := list(parameters)):
+                parameter.grad = torch.zeros_like(parameter)
+            torch.optim.AdamW(chosen, lr=0.1, weight_decay=1.0).step()
+        x = torch.randn(2, 6)
+        torch.testing.assert_close(model(x), kept * nn.functional.layer_norm(x, (6,)))
+        assert torch.allclose(model(x), plain(x)) is legacy
+
+
+def test_a_trained_value_keeps_its_meaning_when_another_adapter_is_merged() -> None:
+    model, _, _ = trained(lambda: nn.LayerNorm(6), epitaxy.NormTuning(at="layer", legacy=True))
+    other = epitaxy.attach(model, epitaxy.NormTuning(at="layer", weight=False), name="b")
+    nn.init.normal_(other.edits[0].bias)  # type: ignore[arg-type]
+    x = torch.randn(2, 6)
+    epitaxy.activate(model, ["a", "b"])
+    expected = model(x)
+    epitaxy.merge(model, "b")
+    torch.testing.assert_close(model(x), expected)
+    epitaxy.merge(model, "a")
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_training_leaves_the_running_statistics_of_the_base_alone() -> None:

@@ -37,7 +37,7 @@ def names_in_file(model: nn.Module, wanted: Iterable[str], source: str) -> dict[
 
 def _namings(model: nn.Module, paths: list[str]) -> Iterable[dict[str, str]]:
     plain = {path: path for path in paths}
-    older = _older_names(model, paths)
+    older = older_names(model, paths)
     head = getattr(model, "base_model_prefix", "")
     for naming in (plain, older):
         yield naming
@@ -46,7 +46,7 @@ def _namings(model: nn.Module, paths: list[str]) -> Iterable[dict[str, str]]:
             yield {name.removeprefix(f"{head}."): path for name, path in naming.items()}
 
 
-def _older_names(model: nn.Module, paths: list[str]) -> dict[str, str]:
+def older_names(model: nn.Module, paths: list[str]) -> dict[str, str]:
     """Names that transformers 4 gave the modules, where transformers knows them; otherwise today's."""
     renamings = _renamings(model)
     names: dict[str, str] = {}
@@ -71,4 +71,4 @@ def _renamings(model: nn.Module) -> list[Any]:
     return [entry.reverse_transform() for entry in reversed(table) if isinstance(entry, WeightRenaming)]
 
 
-__all__ = ["names_in_file"]
+__all__ = ["names_in_file", "older_names"]

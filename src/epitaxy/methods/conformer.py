@@ -26,8 +26,8 @@ Norm = Literal["layernorm", "none"]
 InnerNorm = Literal["batch", "group", "layer"]
 
 
-class ChannelBatchNorm(nn.Module):
-    """Batch normalisation of ``b r t`` over rows and tokens.
+class ConvolutionBatchNorm(nn.Module):
+    """Batch normalisation, over rows and tokens, of what a convolution gives.
 
     Statistics of the batch are used and counted while the module is in training mode and its parameters train; a
     frozen adapter keeps its own.  A block that gradient checkpointing runs again is not counted a second time.
@@ -48,19 +48,26 @@ class ChannelBatchNorm(nn.Module):
         """Whether the next call uses the statistics of its batch."""
         return self.training and self.weight.requires_grad
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, convolution: nn.Conv1d) -> Tensor:
+        """``b r t`` -> ``b r t``: the padded ``x`` convolved and normalised.
+
+        Fixed statistics cost nothing, they are folded into the convolution.  Those of the batch cancel its bias, which
+        therefore stays out: what rounding leaves of its gradient would become whole steps of Adam.
+        """
+        assert convolution.bias is not None
         if not self.learning:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        y = F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            return F.conv1d(x, *self.folded_into(convolution), groups=convolution.groups)
+        y = F.conv1d(x, convolution.weight, 0 * convolution.bias, groups=convolution.groups)
         if not _in_backward():
-            self._count(x.detach())
-        return y
+            self._count(y.detach(), convolution.bias.detach())
+        return F.batch_norm(y, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
     @torch.no_grad()
-    def _count(self, x: Tensor) -> None:
-        var, mean = torch.var_mean(x.to(self.running_var.dtype), dim=(0, 2))
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var, self.momentum)
+    def _count(self, x: Tensor, offset: Tensor) -> None:
+        if x.shape[0] * x.shape[2] > 1:  # else the batch norm is about to refuse
+            var, mean = torch.var_mean(x.to(self.running_var.dtype), dim=(0, 2))
+            self.running_mean.lerp_(mean + offset, self.momentum)
+            self.running_var.lerp_(var, self.momentum)
 
     def folded_into(self, convolution: nn.Conv1d) -> tuple[Tensor, Tensor]:
         """Weight and bias of a convolution that does both; exact at padded borders, as padding comes before both."""
@@ -77,7 +84,7 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 INNER_NORMS: dict[InnerNorm, Callable[[int], nn.Module]] = {
-    "batch": ChannelBatchNorm,
+    "batch": ConvolutionBatchNorm,
     "group": lambda channels: nn.GroupNorm(1, channels),
     "layer": ChannelLayerNorm,
 }
@@ -121,24 +128,19 @@ class ConformerConvolution(nn.Module):
             y = F.layer_norm(y, self.norm.normalized_shape, cast(self.norm.weight, y), cast(self.norm.bias, y))
         low = F.glu(linear(self.pointwise_in, y)).transpose(1, 2)  # b r t
         low = F.silu(self._convolved(low.to(self.depthwise.weight.dtype))).to(x.dtype)
-        return F.dropout(linear(self.pointwise_out, low.transpose(1, 2)), self.dropout, self.training)
+        return F.dropout(linear(self.pointwise_out, low.transpose(1, 2).contiguous()), self.dropout, self.training)
 
     def _convolved(self, x: Tensor) -> Tensor:
-        """Convolution and norm; a batch norm with fixed statistics costs nothing, it is folded in."""
-        norm, weight, bias = self.inner_norm, self.depthwise.weight, self.depthwise.bias
-        folded = isinstance(norm, ChannelBatchNorm) and not norm.learning
-        if folded:
-            assert isinstance(norm, ChannelBatchNorm)
-            weight, bias = norm.folded_into(self.depthwise)
-        kernel = weight.shape[-1]
-        y = F.conv1d(F.pad(x, ((kernel - 1) // 2, kernel // 2)), weight, bias, groups=weight.shape[0])
-        normed: Tensor = y if folded else norm(y)
-        return normed
+        kernel = self.depthwise.kernel_size[0]
+        padded = F.pad(x, ((kernel - 1) // 2, kernel // 2))
+        if isinstance(self.inner_norm, ConvolutionBatchNorm):
+            return self.inner_norm(padded, self.depthwise)  # type: ignore[no-any-return]
+        return self.inner_norm(self.depthwise(padded))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def folded(self) -> ConformerConvolution:
         """A copy for inference whose convolution holds the batch norm; raises ``UnsupportedError`` for other norms."""
-        if not isinstance(self.inner_norm, ChannelBatchNorm):
+        if not isinstance(self.inner_norm, ConvolutionBatchNorm):
             raise UnsupportedError(
                 f"only a batch norm folds into the convolution, found {type(self.inner_norm).__name__}"
             )

@@ -71,10 +71,10 @@ class ConvolutionalBypass(nn.Module):
         if self.grid is None:
             if x.dim() != 3:
                 raise UnsupportedError(f"expected tokens in rows, batch x tokens x width, found {tuple(x.shape)}")
-            return F.conv1d(F.pad(x.transpose(1, 2), (left, right)), weight, bias).transpose(1, 2)
+            return F.conv1d(F.pad(x.transpose(1, 2), (left, right)), weight, bias).transpose(1, 2).contiguous()
         special, plane = self.grid.split(x)
         plane = F.conv2d(F.pad(plane, (left, right, left, right)), weight, bias)
-        return self.grid.join(F.linear(special, weight[:, :, left, left], bias), plane)
+        return self.grid.join(F.linear(special, weight[:, :, left, left].contiguous(), bias), plane)
 
 
 @method("convpass", cannot={"merge": "a bottleneck is not linear, no weight can hold it"})

@@ -25,8 +25,9 @@ Axis = Literal["time", "frequency", "both"]
 
 
 class GridConvolution(nn.Module):
-    """``up(h + sum of convolutions of h)`` with ``h = gelu(down(x))``; special tokens skip the convolutions.
+    """``up(h + sum of convolutions of h)`` with ``h = gelu(down(x))``.
 
+    Every special token is convolved alone, as a grid of one patch.
     The convolutions are depthwise, one for each axis, padded with zeros to keep the grid (an even kernel with
     ``(kernel - 1) // 2`` on the left and one more on the right).  ``up`` starts at zero.
     """
@@ -47,12 +48,13 @@ class GridConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # b t d -> b t d
         special, plane = self.grid.split(F.gelu(linear(self.down, x)))
-        mixed = plane
+        mixed, alone = plane, special
         if self.time is not None:
-            mixed = mixed + _along(self.time, plane)
+            mixed, alone = mixed + _along(self.time, plane), alone + _alone(self.time, special)
         if self.frequency is not None:
             mixed = mixed + _along(self.frequency, plane.transpose(2, 3)).transpose(2, 3)
-        low = F.dropout(self.grid.join(special, mixed), self.dropout, self.training)
+            alone = alone + _alone(self.frequency, special)
+        low = F.dropout(self.grid.join(alone, mixed), self.dropout, self.training)
         return linear(self.up, low)
 
 
@@ -63,6 +65,13 @@ def _along(convolution: nn.Conv1d, plane: Tensor) -> Tensor:
     padded = F.pad(plane, ((kernel - 1) // 2, kernel // 2))
     weight, bias = cast(convolution.weight, plane), cast(convolution.bias, plane)
     return F.conv2d(padded, weight.unsqueeze(2), bias, groups=convolution.groups)
+
+
+def _alone(convolution: nn.Conv1d, special: Tensor) -> Tensor:
+    """Convolve every token of ``b s r`` as if zeros stood around it."""
+    assert convolution.bias is not None
+    middle = convolution.weight[:, 0, (convolution.kernel_size[0] - 1) // 2]
+    return special * cast(middle, special) + cast(convolution.bias, special)
 
 
 @method("grid_conv", cannot={"merge": "a bottleneck is not linear, no weight can hold it"})

@@ -12,7 +12,7 @@ from typing import Literal
 
 from epitaxy.core.edits import DecoupledKV, Edit, JointKV
 from epitaxy.core.edits.kv import projection_width
-from epitaxy.core.edits.tokens import vpt_bound
+from epitaxy.core.edits.start import vpt_bound
 from epitaxy.core.errors import EpitaxyError, SiteError
 from epitaxy.core.registry import method
 from epitaxy.core.sites import Site

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from epitaxy.core.edits import Edit, Tokens
-from epitaxy.core.edits.tokens import vpt_bound
+from epitaxy.core.edits.start import vpt_bound
 from epitaxy.core.errors import EpitaxyError
 from epitaxy.core.registry import method
 from epitaxy.core.sites import Site

@@ -120,7 +120,11 @@ def wide(value: Tensor) -> Tensor:
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)``, computed in the type of ``x``."""
+    """``layer(x)``, computed in the type of ``x``.
+
+    Lay ``x`` out contiguously: otherwise torch rounds differently when the layer is frozen and when it trains, and a
+    loaded adapter would not give the bits of the saved one.
+    """
     return F.linear(x, cast(layer.weight, x), cast(layer.bias, x))
 
 

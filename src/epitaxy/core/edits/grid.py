@@ -53,7 +53,7 @@ class Grid:
                 f"a sequence of {x.shape[1]} tokens does not hold the patch grid of {rows} x {columns}"
             )
         patches = x[:, special:].transpose(1, 2)
-        return x[:, :special], patches.reshape(*patches.shape[:2], rows, columns)
+        return x[:, :special].contiguous(), patches.reshape(*patches.shape[:2], rows, columns)
 
     @staticmethod
     def join(special: Tensor, plane: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from epitaxy.core.anatomy import is_linear, is_transposed_linear, linear_sizes
 from epitaxy.core.edits.edit import Arguments, Edit, cast, output_tensor, refuse_quantised
 from epitaxy.core.edits.tap import Memo
-from epitaxy.core.edits.tokens import Present, leading, owners, special_tokens
+from epitaxy.core.edits.token_rows import leading, special_tokens, total
+from epitaxy.core.edits.tokens import Present, owners
 from epitaxy.core.errors import SiteError, UnsupportedError
 from epitaxy.core.layouts import LANGUAGE_HEADS
 from epitaxy.core.route import Route
@@ -188,8 +189,7 @@ class Pool(Edit):
         self, x: Tensor, call: Arguments, prompts: Mapping[int, Any], route: Route | None, number: int
     ) -> Tensor:
         """The mean over the chosen tokens, ``b t d -> b d``."""
-        counts = [edit.count for edit in prompts.values()]
-        count = (sum(counts) if route is None else max(counts)) if counts else 0
+        count = total(prompts, route) if prompts else 0
         if self.pool.startswith("prompts") and not (number in prompts if route is not None else count):
             raise UnsupportedError(
                 f"pool={self.pool!r} found no prompts in the last hidden states; the adapter needs a Prompt up to the "

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from epitaxy.core.anatomy import INTERFACE_PREFIX, uses_interface
 from epitaxy.core.edits.edit import Arguments, Edit, cast, output_tensor, with_output
+from epitaxy.core.edits.start import learned_rows
 from epitaxy.core.edits.tap import Memo, Tap
-from epitaxy.core.edits.tokens import learned_rows
 from epitaxy.core.errors import SiteError, StateError, UnsupportedError
 from epitaxy.core.route import Route
 from epitaxy.core.sites import width_out

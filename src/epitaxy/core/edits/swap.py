@@ -41,18 +41,20 @@ class Swap(Edit):
             kind = torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype
             start = base.detach().to(kind, copy=True) if absolute else torch.zeros_like(base, dtype=kind)
             self.register_parameter(name, nn.Parameter(start))
+            if absolute:  # kept, as a merge of another adapter may write into the base
+                self.register_buffer(f"base_{name}", start.clone(), persistent=False)
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if "weight" in self.names or (is_norm(host) and not _known(host)):
-            bias = self._change(host, "bias") if "bias" in self.names else None
-            weight = self._change(host, "weight") if "weight" in self.names else torch.zeros_like(self.bias)
+            bias = self._change("bias") if "bias" in self.names else None
+            weight = self._change("weight") if "weight" in self.names else torch.zeros_like(self.bias)
             return y + _norm_change(host, x, weight, bias).to(y.dtype)
-        return y + _along_channels(host, cast(self._change(host, "bias"), y), y.dim())
+        return y + _along_channels(host, cast(self._change("bias"), y), y.dim())
 
-    def _change(self, host: nn.Module, name: str) -> Tensor:
+    def _change(self, name: str) -> Tensor:
         """The difference to the base's value."""
         parameter: Tensor = getattr(self, name)
-        return parameter - getattr(host, name).detach().to(parameter.dtype) if self.absolute else parameter
+        return parameter - self.get_buffer(f"base_{name}") if self.absolute else parameter
 
     def needs_batch(self, host: nn.Module) -> bool:
         return isinstance(host, BATCH_NORMS) and (host.training or host.running_mean is None)
@@ -62,11 +64,9 @@ class Swap(Edit):
             refuse_quantised(host)
 
     def merged(self, host: nn.Module) -> Mapping[str, Tensor]:
-        if self.absolute:
-            return {name: getattr(self, name).detach() for name in self.names}
         bases = {name: getattr(host, name).detach() for name in self.names}
         wide = {name: base.to(torch.promote_types(base.dtype, torch.float32)) for name, base in bases.items()}
-        return {name: base + getattr(self, name).detach() for name, base in wide.items()}
+        return {name: base + self._change(name).detach() for name, base in wide.items()}
 
     def extra_repr(self) -> str:
         return ", ".join(self.names) + (", absolute" if self.absolute else "")

@@ -9,15 +9,15 @@ Tokens that span the last block of an encoder stay until after its final norm, w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.edits.edit import Arguments, Edit, cast, first_tensor, output_tensor, with_first, with_output
+from epitaxy.core.edits.edit import Arguments, Edit, first_tensor, output_tensor, with_first, with_output
+from epitaxy.core.edits.start import learned_rows
+from epitaxy.core.edits.token_rows import fit_mask, gather, gone, hiding, leading, total, visible
 from epitaxy.core.errors import SiteError, UnsupportedError
 from epitaxy.core.route import Route
 
@@ -134,10 +134,10 @@ class Enter(_Piece):
                 "rows with different numbers of prompt tokens need an attention mask, which this model cannot take"
             )
         tokens = gather(edits, route, 0, x.shape[0], x)
-        place = _gone(edits, route)
+        place = gone(edits, route)
         if place is not None:
             x = torch.cat([x[:, :place], x[:, place + 1 :]], dim=1)
-        return _fit_mask(with_first(call, torch.cat([tokens, x], dim=1)), tokens.shape[1], place)
+        return fit_mask(with_first(call, torch.cat([tokens, x], dim=1)), tokens.shape[1], place)
 
 
 class Renew(_Piece):
@@ -153,12 +153,12 @@ class Renew(_Piece):
         assert isinstance(some, _Piece)
         if not some.owner.prefilling:
             return call
-        count = _total(edits, route)
+        count = total(edits, route)
         if any(some.index < edit.depth for edit in edits.values()):
             x = first_tensor(call)
             tokens = gather(edits, route, some.index, x.shape[0], x, carried=x[:, :count])
             call = with_first(call, torch.cat([tokens, x[:, count:]], dim=1))
-        return call if some.owner.in_trunk else _fit_mask(call, count, _gone(edits, route))
+        return call if some.owner.in_trunk else fit_mask(call, count, gone(edits, route))
 
 
 class Present(_Piece):
@@ -176,11 +176,11 @@ class Strip(_Piece):
         cls, group: Mapping[int, Edit], route: Route | None, host: nn.Module, call: Arguments, output: Any
     ) -> Any:
         edits = owners(group)
-        x = output_tensor(output)[:, _total(edits, route) :]
-        place = _gone(edits, route)
+        x = output_tensor(output)[:, total(edits, route) :]
+        place = gone(edits, route)
         if place is not None:
             x = torch.cat([x[:, :place], x[:, :1], x[:, place:]], dim=1)
-        elif (rows := _hiding(edits, route, x.shape[0], x.device)) is not None:
+        elif (rows := hiding(edits, route, x.shape[0], x.device)) is not None:
             place = next(edit.dropped for edit in edits.values() if edit.dropped is not None)
             instead = torch.where(rows[:, None, None], x[:, :1], x[:, place : place + 1])
             x = torch.cat([x[:, :place], instead, x[:, place + 1 :]], dim=1)
@@ -244,7 +244,7 @@ class TrunkTokens(_Piece):
         edits = owners(group)
         if not next(iter(edits.values())).prefilling:
             return output
-        count = _total(edits, route)
+        count = total(edits, route)
         if isinstance(output, tuple):
             return (output[0][:, count:], *output[1:])
         output.last_hidden_state = output.last_hidden_state[:, count:]
@@ -281,141 +281,6 @@ def owners(group: Mapping[int, Edit]) -> dict[int, Tokens]:
     return {number: edit.owner for number, edit in group.items() if isinstance(edit, _Piece)}
 
 
-def learned_rows(*shape: int, spread: float, bound: float | None = None) -> nn.Parameter:
-    """Rows that start normal with deviation ``spread``, or uniform within ``bound`` where that is given."""
-    return nn.Parameter(torch.randn(shape) * spread if bound is None else torch.empty(shape).uniform_(-bound, bound))
-
-
-def vpt_bound(site: Site) -> float:
-    """Bound of the uniform start of visual prompt tuning: Xavier's, for a patch of three channels to ``width``."""
-    if site.patch is None:
-        raise SiteError(f"{site.anatomy.family} has no patch embedding, whose size init='vpt' needs; use init='normal'")
-    return math.sqrt(6.0 / (3 * site.patch + site.require_width()))
-
-
-def _total(edits: Mapping[int, Tokens], route: Route | None) -> int:
-    counts = [edit.count for edit in edits.values()]
-    return sum(counts) if route is None else max(counts)
-
-
-def _dropping(edits: Mapping[int, Tokens], route: Route | None) -> tuple[bool, ...]:
-    """Whether each row is without the distillation token; one entry for all rows where there is no route."""
-    if route is None:
-        return (any(edit.dropped is not None for edit in edits.values()),)
-    return tuple(number in edits and edits[number].dropped is not None for number in route.numbers)
-
-
-def _gone(edits: Mapping[int, Tokens], route: Route | None) -> int | None:
-    """Place of the distillation token in the model's own sequence when no row has it, so that it can leave."""
-    if not all(_dropping(edits, route)):
-        return None
-    return next(edit.dropped for edit in edits.values() if edit.dropped is not None)
-
-
-def _hiding(edits: Mapping[int, Tokens], route: Route | None, batch: int, device: torch.device) -> Tensor | None:
-    """The rows, ``b``, that only may not see the distillation token because other rows need it; None without any."""
-    rows = _dropping(edits, route)
-    if route is None or all(rows) or not any(rows):
-        return None
-    numbers = [number in edits and edits[number].dropped is not None for number in range(len(route.names) + 1)]
-    return torch.tensor(numbers, device=device)[route.expanded(batch, device)]
-
-
-def special_tokens(edits: Mapping[int, Tokens], route: Route | None, special: int) -> int:
-    """How many of the model's ``special`` tokens are in the sequence."""
-    return special if not edits or _gone(edits, route) is None else special - 1
-
-
-def leading(edits: Mapping[int, Tokens], route: Route | None, batch: int, device: torch.device) -> Tensor | None:
-    """Which tokens at the start of the sequence each row sees, ``b tokens``; None when every row sees all."""
-    seen, hidden = visible(edits, route, batch, device), _hiding(edits, route, batch, device)
-    if hidden is None:
-        return seen
-    place = next(edit.dropped for edit in edits.values() if edit.dropped is not None)
-    before = torch.ones(batch, place + (_total(edits, route) if seen is None else 0), dtype=torch.bool, device=device)
-    return torch.cat([*([] if seen is None else [seen]), before, ~hidden[:, None]], dim=1)
-
-
-def gather(
-    edits: Mapping[int, Tokens],
-    route: Route | None,
-    layer: int,
-    batch: int,
-    like: Tensor,
-    carried: Tensor | None = None,
-) -> Tensor:
-    """Tokens of every row, ``b tokens width``.
-
-    Without a route all edits apply to every row, one after the other.  Rows with fewer tokens are padded at the left.
-    Edits without tokens for this layer keep their part of ``carried``, the tokens as the last block left them.
-    """
-    if route is None:
-        parts, start = [], 0
-        for edit in edits.values():
-            if layer < edit.depth:
-                parts.append(cast(edit.tokens[layer], like).expand(batch, -1, -1))
-            elif carried is not None:
-                parts.append(carried[:, start : start + edit.count])
-            start += edit.count
-        return torch.cat(parts, dim=1)
-    index = route.expanded(batch, like.device)
-    longest = max(edit.count for edit in edits.values())
-    rows, renewed = [], []
-    for number in range(len(route.names) + 1):
-        routed = edits.get(number)
-        fresh = routed is not None and layer < routed.depth
-        own = cast(routed.tokens[layer], like) if routed is not None and fresh else like.new_zeros(0, like.shape[-1])
-        rows.append(F.pad(own, (0, 0, longest - own.shape[0], 0)))
-        renewed.append(fresh)
-    tokens = torch.stack(rows)[index]
-    if carried is not None and not all(renewed):
-        tokens = torch.where(torch.tensor(renewed, device=like.device)[index][:, None, None], tokens, carried)
-    return tokens
-
-
-def visible(edits: Mapping[int, Tokens], route: Route | None, batch: int, device: torch.device) -> Tensor | None:
-    """Which of the leading tokens of each row are real, ``b tokens``; None when all are."""
-    if route is None:
-        return None
-    longest = max(edit.count for edit in edits.values())
-    counts = [edits[number].count if number in edits else 0 for number in range(len(route.names) + 1)]
-    if all(counts[number] == longest for number in route.numbers):
-        return None
-    real = [[position >= longest - count for position in range(longest)] for count in counts]
-    return torch.tensor(real, device=device)[route.expanded(batch, device)]
-
-
 def _masks_reach(host: nn.Module, edits: Mapping[int, Tokens]) -> bool:
     slot = host._modules["epitaxy"]
     return bool(slot.state.interface) and all(edit.masked for edit in edits.values())  # type: ignore[union-attr]
-
-
-def _fit_mask(call: Arguments, count: int, place: int | None) -> Arguments:
-    """The call of a block with its mask made for the sequence with tokens."""
-    args, kwargs = call
-    if "attention_mask" in kwargs:
-        return args, {**kwargs, "attention_mask": widen(_without(kwargs["attention_mask"], place), count)}
-    if len(args) > 1 and isinstance(args[1], Tensor):
-        return (args[0], widen(_without(args[1], place), count), *args[2:]), kwargs
-    return call
-
-
-def _without(mask: Tensor | None, place: int | None) -> Tensor | None:
-    """The mask of a sequence that lacks the token at ``place``."""
-    if mask is None or place is None:
-        return mask
-    mask = torch.cat([mask[..., :place], mask[..., place + 1 :]], dim=-1)
-    if mask.dim() == 4 and mask.shape[-2] > 1:
-        mask = torch.cat([mask[..., :place, :], mask[..., place + 1 :, :]], dim=-2)
-    return mask
-
-
-def widen(mask: Tensor | None, count: int) -> Tensor | None:
-    """An encoder's mask for ``count`` more visible tokens at the start, in keys and, where it has them, queries."""
-    if mask is None:
-        return None
-    visible = 1.0 if mask.dtype in (torch.bool, torch.long, torch.int) or mask.dim() == 2 else 0.0
-    mask = F.pad(mask, (count, 0), value=visible)
-    if mask.dim() == 4 and mask.shape[-2] > 1:
-        mask = torch.cat([mask[..., :1, :].expand(*mask.shape[:-2], count, -1), mask], dim=-2)
-    return mask

@@ -9,6 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("same examples in every run", derandomize=True, deadline=None)
+settings.load_profile("same examples in every run")
 
 pytest.register_assert_rewrite("tests.contract.checks", "tests.contract.cells")
 

@@ -175,3 +175,19 @@ def test_left_channels_where_asked_for(tmp_path: Path) -> None:
         spec = DataSpec(str(tmp_path / "d"), audio=AudioSpec(mono=mono))  # type: ignore[arg-type]
         splits = load_splits(spec)
         assert splits.train.mono == splits.lazily().train[0].value.mono == mono
+
+
+def test_no_layer_is_dropped_under_an_adapter(sounds: Path, tmp_path: Path) -> None:
+    """A head that pools the last block's output needs that block to run, and every block's adapter should train."""
+    base = save_wav2vec2(tmp_path / "w", ["high", "low"])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "layerdrop": 1.0}))
+    pooled = change(recipe(base, sounds, tmp_path / "run", None), ["method.head.pool=all"])
+    ready = prepare(pooled)
+    assert ready.opened.model.config.layerdrop == 0.0
+    ready.opened.model.config.layerdrop = 1.0
+    batch = ready.task.batch([ready.splits.train[0]])
+    with pytest.raises(EpitaxyError, match="set its `layerdrop` to 0"):
+        ready.task.loss(ready.opened.model.train(), batch)
+    ready.opened.model.config.layerdrop = 0.0
+    assert ready.task.loss(ready.opened.model, batch).item() > 0

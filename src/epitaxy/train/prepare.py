@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError
@@ -14,6 +15,8 @@ from epitaxy.models.opening import Opened
 from epitaxy.tasks.classification import Classification
 from epitaxy.train.hearing import audio_spec, open_for, task_for
 from epitaxy.train.recipe import Recipe
+
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,17 @@ def prepare(recipe: Recipe, splits: Splits | None = None) -> Prepared:
     if not recipe.full:
         adapter = attach(opened.model, recipe.adapter_method(), recipe.name)
         _require_head(recipe, opened, adapter)
+        keep_all_layers(opened.model)
     return Prepared(opened, adapter, splits, task_for(opened, splits, spec))
+
+
+def keep_all_layers(model: nn.Module) -> None:
+    """Switch layer drop off: it regularises weights that are frozen here, and would leave out adapters with them."""
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            for name in LAYER_DROPS:
+                if isinstance(getattr(owner, name, None), float):
+                    setattr(owner, name, 0.0)
 
 
 def _require_head(recipe: Recipe, opened: Opened, adapter: Adapter) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from epitaxy.core.edits.edit import Arguments, Edit, first_tensor, output_tensor
+from epitaxy.core.errors import UnsupportedError
 from epitaxy.core.route import Route
 
 
@@ -26,9 +27,13 @@ class Memo:
         return {"value": None, "cut": False}
 
     def take(self) -> Tensor:
-        """Return the tensor and forget it."""
+        """Return the tensor and forget it; raises ``UnsupportedError`` when the tapped module was left out."""
         value, self.value = self.value, None
-        assert value is not None, "the tapped module did not run before the module that needs it"
+        if value is None:
+            raise UnsupportedError(
+                "a module that an adapter reads did not run before the one that needs it; where the model drops "
+                "layers in training, set its `layerdrop` to 0"
+            )
         return value
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts.demo_data import DEFAULT_OUTPUT as SHIPPED
+from scripts.archives import SHIPPED
 from scripts.reference_vit.assets import DEFAULT_CACHE
 from scripts.reference_vit.model import build_model
 from scripts.reference_vit.pictures import FASHION_CLASSES, HELD_OUT_FASHION, load_fashion

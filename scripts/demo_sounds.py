@@ -22,10 +22,10 @@ from scripts.reference_ast.soundfont import HELD_OUT_INSTRUMENTS, open_soundfont
 from scripts.reference_ast.speech import ACCENTS, HELD_OUT_VARIANTS, HELD_OUT_WORDS, Espeak
 
 WORD_CLIPS = {"train": 24, "val": 8, "test": 20}  # for each word
-NOTE_CLIPS = {"train": 24, "val": 8, "test": 16}  # for each instrument
+NOTE_CLIPS = {"train": 20, "val": 6, "test": 14}  # for each instrument
 EVENT_CLIPS = {"train": 20, "val": 8, "test": 20}  # for each event
 NOTE_SHARES = {"train": 0.5, "val": 0.2, "test": 0.3}
-SECONDS = 1.2
+SECONDS = 1.1
 OPUS_LEVEL = 0.928  # 24 kbit/s on libsndfile's scale from 0 (256) to 1 (6)
 
 

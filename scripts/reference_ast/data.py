@@ -77,7 +77,7 @@ def set_level(wave: Wave, rng: Generator) -> Wave:
 
 def _say(cache: Path, label: str, count: int, seed: list[int], sink: Connection) -> None:
     """Speak ``count`` clips of a word or a language into ``sink``."""
-    espeak, rng = Espeak(cache), np.random.default_rng(seed)
+    espeak, rng = Espeak(cache, seed[-1]), np.random.default_rng(seed)
     kind, text = label.split(": ")
     for _ in range(count):
         variant = str(rng.choice(VARIANTS))

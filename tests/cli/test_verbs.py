@@ -71,7 +71,8 @@ def test_doctor_finds_this_environment_fit(epitaxy: Epitaxy) -> None:
     findings = json.loads(outcome.out)
     assert outcome.code == 0, findings
     checked = {finding["what"] for finding in findings}
-    assert {"reference-vit", "builtin:digits", "shipped recipes", "methods", "disk space here"} <= checked
+    assert {"reference-vit", "reference-ast", "builtin:digits", "builtin:words-unseen"} <= checked
+    assert {"shipped recipes", "methods", "disk space here"} <= checked
 
 
 def test_doctor_fails_on_damaged_data(epitaxy: Epitaxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

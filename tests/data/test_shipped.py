@@ -19,7 +19,7 @@ def test_each_holds_what_its_card_says(name: str, recwarn: pytest.WarningsRecord
     for part, data in (("train", splits.train), ("val", splits.validation), ("test", splits.test)):
         assert len(data) == sum(card["counts"][part].values())
     assert splits.skipped == []
-    assert not recwarn.list, "no picture may be in two splits"
+    assert not recwarn.list, "no example may be in two splits"
 
 
 def test_an_altered_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,9 +69,10 @@ def test_weights_come_in_the_type_asked_for(tmp_path: Path) -> None:
         open_classifier(str(path), ["one", "two"], "bfloat61")
 
 
-def test_the_reference_model_opens() -> None:
-    opened = open_classifier("reference-vit", ["a", "b", "c"])
-    assert opened.modality == "vision"
+@pytest.mark.parametrize(("name", "modality"), [("reference-vit", "vision"), ("reference-ast", "audio")])
+def test_the_reference_models_open(name: str, modality: str) -> None:
+    opened = open_classifier(name, ["a", "b", "c"])
+    assert opened.modality == modality
     assert opened.head == "fresh"
     assert {parameter.dtype for parameter in opened.model.parameters()} == {torch.float32}
     assert head_of(opened.model).out_features == 3

@@ -50,7 +50,7 @@ def command(json: arguments.Json = False) -> None:
 
 def examine() -> Iterator[Finding]:
     """Every check, in order; a check that fails itself is a finding too."""
-    for check in (_python, _packages, _torchvision, _device, _disk, _base, _data, _recipes, _methods):
+    for check in (_python, _packages, _torchvision, _device, _disk, _bases, _data, _recipes, _methods):
         try:
             yield from check()
         except Exception as error:
@@ -140,16 +140,22 @@ def _disk() -> Iterator[Finding]:
     yield Finding("ok" if free > FREE else "warn", "disk space here", f"{free / 1e9:.1f} GB free")
 
 
-def _base() -> Iterator[Finding]:
+def _bases() -> Iterator[Finding]:
     import torch
 
-    from epitaxy.models.opening import REFERENCE, open_classifier
+    from epitaxy.core.errors import EpitaxyError
+    from epitaxy.models.opening import SHIPPED, open_classifier
 
-    opened = open_classifier(REFERENCE, ["one", "two"])
-    count = sum(parameter.numel() for parameter in opened.model.parameters())
-    finite = all(bool(torch.isfinite(parameter).all()) for parameter in opened.model.parameters())
-    found = f"opens, {count:,} parameters" + ("" if finite else ", some of them NaN or infinite")
-    yield Finding("ok" if finite else "bad", REFERENCE, found)
+    for name in SHIPPED:
+        try:
+            opened = open_classifier(name, ["one", "two"])
+        except EpitaxyError as error:
+            yield Finding("bad", name, str(error))
+            continue
+        count = sum(parameter.numel() for parameter in opened.model.parameters())
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in opened.model.parameters())
+        found = f"opens, {count:,} parameters" + ("" if finite else ", some of them NaN or infinite")
+        yield Finding("ok" if finite else "bad", name, found)
 
 
 def _data() -> Iterator[Finding]:

@@ -9,7 +9,7 @@ import typer
 
 
 def command(
-    base: Annotated[str, typer.Argument(help="The base: reference-vit, a directory, or a hub name.")],
+    base: Annotated[str, typer.Argument(help="The base: reference-vit, reference-ast, a directory, or a hub name.")],
     adapter: Annotated[Path, typer.Argument(help="The adapter to merge, or a run directory.")],
     out: Annotated[Path, typer.Option("--out", help="A new directory for the merged model.", show_default=False)],
     tolerance: Annotated[

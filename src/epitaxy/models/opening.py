@@ -19,7 +19,7 @@ from epitaxy.models.positions import How, resize_input
 from epitaxy.models.whisper_encoder import allow_short
 
 Modality = Literal["vision", "audio", "text"]
-REFERENCE = "reference-vit"
+SHIPPED = {"reference-vit": "reference_vit", "reference-ast": "reference_ast"}  # names, and folders beside this file
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,7 +55,8 @@ def open_classifier(
 ) -> Opened:
     """Open ``source`` as a classifier of ``labels``.
 
-    ``source`` is "reference-vit" (shipped with this package), a local directory, or the id of a model on the hub.
+    ``source`` is "reference-vit" or "reference-ast" (shipped with this package), a local directory, or the id of a
+    model on the hub.
     Where the labels differ from the model's own, in number or in name, the last layer is drawn anew from torch's
     global generator.  Weights are read from safetensors only.  ``size`` adapts a model of sounds, and its processor, to
     other clips than its own.  Raises ``FormatError`` when the source cannot be opened, ``EpitaxyError`` for labels, a
@@ -129,10 +130,10 @@ def _checked(labels: Sequence[str]) -> list[str]:
 
 def _locate(source: str) -> str:
     """The directory or hub id to hand to transformers."""
-    if source == REFERENCE:
-        path = Path(str(files("epitaxy.models") / "reference_vit"))
+    if source in SHIPPED:
+        path = Path(str(files("epitaxy.models") / SHIPPED[source]))
         if not (path / "config.json").exists():
-            raise FormatError(f"{REFERENCE}: this installation of epitaxy lacks the model's files at {path}")
+            raise FormatError(f"{source}: this installation of epitaxy lacks the model's files at {path}")
         return str(path)
     path = Path(source).expanduser()
     if path.is_dir():
@@ -160,7 +161,7 @@ def _read(source: str, what: str, read: Any) -> Any:
     except SafetensorError as error:
         raise FormatError(f"{source}: its weights are truncated or not safetensors ({_first_line(error)})") from None
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError, TypeError) as error:
-        hint = nearest(source, [REFERENCE]) if source != REFERENCE and "/" not in source else ""
+        hint = nearest(source, SHIPPED) if source not in SHIPPED and "/" not in source else ""
         hint = hint if "did you mean" in hint else ""
         raise FormatError(f"{source}: cannot open the model's {what}: {_first_line(error)}{hint}") from None
 

@@ -14,7 +14,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/epitaxy demo
+	$(BIN)/epitaxy demo vision
+	$(BIN)/epitaxy demo audio --short
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2

@@ -91,6 +91,7 @@ def test_foreign_directory_is_left_alone(epitaxy: Epitaxy, recipe: Path) -> None
         (["eval", "reference-vit", "--data", "builtin:digits", "--split", "tset"], ["'tset'", "'test'"]),
         (["eval", "reference-vit", "--data", "builtin:digits", "--adapters", "absent"], ["absent", "no such file"]),
         (["demo", "--method", "lorra"], ["'lorra'", "'lora'"]),
+        (["demo", "audoi"], ["no demo of 'audoi'", "'audio'"]),
     ],
 )
 def test_bad_arguments(epitaxy: Epitaxy, words: list[str], fragments: list[str]) -> None:

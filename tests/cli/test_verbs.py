@@ -138,29 +138,30 @@ def test_demo(epitaxy: Epitaxy, base: Path, data: Path, tmp_path: Path, monkeypa
     table = [line for line in outcome.out.splitlines() if line.startswith(("method", "head", "lora", "full fine"))]
     assert [line.split("  ")[0] for line in table] == ["method", "head", "lora (rank 2) + head", "full fine-tuning"]
     assert all("±" in line for line in table[1:])
-    runs = sorted(path.name for path in Path("demo-run").iterdir() if path.is_dir())
+    runs = sorted(path.name for path in Path("demo-run/vision").iterdir() if path.is_dir())
     assert runs == sorted(f"{name}-seed{seed}" for name in ("full", "linear-probe", "lora") for seed in (0, 1))
     weights = {
-        path: path.read_bytes() for path in Path("demo-run").rglob("*.safetensors")
+        path: path.read_bytes() for path in Path("demo-run/vision").rglob("*.safetensors")
     }  # each seed has a start of its own
     assert len(set(weights.values())) == 6
-    page = Path("demo-run/report.html").read_text()
+    page = Path("demo-run/vision/report.html").read_text()
     for run in runs:
         assert f'href="{run}/report.html"' in page
-    (Path("demo-run") / "lora-seed1" / "result.json").unlink()
-    before = Path("demo-run/full-seed0/result.json").stat().st_mtime_ns
+    (Path("demo-run/vision") / "lora-seed1" / "result.json").unlink()
+    before = Path("demo-run/vision/full-seed0/result.json").stat().st_mtime_ns
     assert epitaxy(*words).code == 0
-    assert Path("demo-run/full-seed0/result.json").stat().st_mtime_ns == before
-    assert {path: path.read_bytes() for path in Path("demo-run").rglob("*.safetensors")} == weights
+    assert Path("demo-run/vision/full-seed0/result.json").stat().st_mtime_ns == before
+    assert {path: path.read_bytes() for path in Path("demo-run/vision").rglob("*.safetensors")} == weights
 
 
 @pytest.mark.slow
-def test_demo_on_the_shipped_model_and_data(epitaxy: Epitaxy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", ["vision", "audio"])
+def test_demo_on_the_shipped_model_and_data(epitaxy: Epitaxy, tmp_path: Path, system: str) -> None:
     """Every method, one seed: far better than guessing, and within the sizes that the table shows."""
-    outcome = epitaxy("demo", "--seeds", "1", "--out", tmp_path / "demo")
+    outcome = epitaxy("demo", system, "--seeds", "1", "--out", tmp_path / "demo")
     assert outcome.code == 0, outcome.err
     results = [json.loads(file.read_text()) for file in sorted((tmp_path / "demo").glob("*/result.json"))]
-    assert len(results) == len(demo.RECIPES)
+    assert len(results) == len(demo.DEMOS[system].recipes)
     for result in results:
         assert result["test"]["accuracy"] > 4 / len(result["data"]["classes"]), result["name"]
         assert result["name"] == "full-seed0" or result["trained_parameters"] < 0.05 * result["base"]["parameters"]

@@ -1,11 +1,11 @@
-"""``epitaxy demo``: six ways to adapt the shipped model to pictures it has not seen, side by side."""
+"""``epitaxy demo``: several ways to adapt a shipped model to classes it has not seen, side by side."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,18 +18,50 @@ if TYPE_CHECKING:
     from epitaxy.report.comparison import Group
     from epitaxy.train.recipe import Recipe
 
-RECIPES = ("linear-probe", "bitfit", "deep-prompt", "bottleneck", "lora", "full")
 PAGE = "report.html"
 
 
+@dataclass(frozen=True)
+class Demo:
+    """One demonstration: recipes in ``folder`` of the shipped ones; ``short`` is what stands for them all."""
+
+    folder: str
+    recipes: tuple[str, ...]
+    short: tuple[str, ...]
+    title: str
+
+
+DEMOS = {
+    "vision": Demo(
+        "demo",
+        ("linear-probe", "bitfit", "deep-prompt", "bottleneck", "lora", "full"),
+        ("linear-probe", "lora"),
+        "Ways to adapt a frozen ViT",
+    ),
+    "audio": Demo(
+        "demo/audio",
+        ("linear-probe", "lora", "bottleneck", "conformer", "grid-conv", "soft-moa", "full"),
+        ("linear-probe", "lora", "conformer"),
+        "Ways to adapt a frozen audio spectrogram transformer",
+    ),
+}
+
+
 def command(
-    out: Annotated[Path, typer.Option("--out", help="The directory for all runs and the report.")] = Path("demo-run"),
+    system: Annotated[str, typer.Argument(help=f"What to show: {', '.join(DEMOS)}.")] = "vision",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The directory for all runs and the report.", show_default="demo-run/SYSTEM"),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=20, help="Runs of each method.")] = 3,
     methods: Annotated[
-        list[str] | None, typer.Option("--method", help=f"Only these of: {', '.join(RECIPES)}.", show_default="all")
+        list[str] | None, typer.Option("--method", help="Only this one; may be repeated.", show_default="all")
     ] = None,
+    short: Annotated[
+        bool, typer.Option("--short", help="One seed of the two or three methods that tell most.")
+    ] = False,
 ) -> None:
-    """Adapt the reference ViT in six ways, print one table.
+    """Adapt a small shipped model in several ways, print one table.
 
     Accuracy with its spread over seeds, trained parameters, file size and time; the page has more.
 
@@ -41,14 +73,17 @@ def command(
     from epitaxy.report.comparison import group_runs
     from epitaxy.report.figures import seconds
 
+    if system not in DEMOS:
+        raise EpitaxyError(f"there is no demo of {system!r}{nearest(system, DEMOS)}")
+    demo = DEMOS[system]
     for name in methods or ():
-        if name not in RECIPES:
-            raise EpitaxyError(f"the demo has no method {name!r}{nearest(name, RECIPES)}")
+        if name not in demo.recipes:
+            raise EpitaxyError(f"the demo of {system} has no method {name!r}{nearest(name, demo.recipes)}")
+    chosen = [name for name in demo.recipes if name in (methods or (demo.short if short else demo.recipes))]
+    out = Path("demo-run") / system if out is None else out
     began = time.perf_counter()
-    runs = _run_all([name for name in RECIPES if name in (methods or RECIPES)], seeds, out)
-    page = build_comparison(
-        runs, out / PAGE, "Six ways to adapt a frozen ViT" if not methods else "Adapting a frozen ViT"
-    )
+    runs = _run_all([f"{demo.folder}/{name}" for name in chosen], 1 if short else seeds, out)
+    page = build_comparison(runs, out / PAGE, demo.title)
     _print(group_runs(runs))
     say(f"\n{len(runs)} runs in {seconds(time.perf_counter() - began)}; report: {page}")
 
@@ -67,7 +102,7 @@ def _run_all(names: Sequence[str], seeds: int, out: Path) -> list[Path]:
 
     if out.exists() and not out.is_dir():
         raise EpitaxyError(f"{out}: expected a directory for the demo, found a file")
-    plans = [_seeded(load_recipe(f"shipped:demo/{name}"), seed, out) for name in names for seed in range(seeds)]
+    plans = [_seeded(load_recipe(f"shipped:{name}"), seed, out) for name in names for seed in range(seeds)]
     data: dict[str, Splits] = {}
     for number, recipe in enumerate(plans, start=1):
         if not (recipe.out / RESULT).exists() and recipe.data.source not in data:

@@ -327,6 +327,21 @@ def test_routes_repeat_for_modules_that_see_more_rows(numbers: list[str | None],
         assert rows == [row for row, other in enumerate(expected) if other == name]
 
 
+def test_weights_changed_inside_a_route_are_seen() -> None:
+    """The stacked factors are kept from call to call, but not beyond a change of one of them."""
+    model = vit()
+    adapter = randomise(epitaxy.attach(model, epitaxy.LoRA(rank=2), name="a"))
+    with epitaxy.route(model, ["a", None, "a"]):
+        before = logits(model)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.mul_(1.5)
+        after = logits(model)
+    torch.testing.assert_close(after[0], logits(model)[0])
+    assert not torch.allclose(after[0], before[0])
+    assert torch.equal(after[1], before[1])
+
+
 def test_guidance_repeats_the_whole_batch() -> None:
     model = vit()
     for name in ("first", "second"):

@@ -73,11 +73,11 @@ def randomise(named: Any, marker: str = "") -> None:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 3e-5) -> None:
+def close(found: Tensor, expected: Tensor) -> None:
     """Assert equality up to the rounding of another order of summation."""
     assert found.shape == expected.shape
     scale = float(expected.abs().max())
-    assert float((found - expected).abs().max()) <= tolerance * scale
+    assert float((found - expected).abs().max()) <= 3e-5 * scale
 
 
 def differs(found: Tensor, other: Tensor) -> None:

@@ -287,8 +287,8 @@ def test_any_mix_of_parts(tmp_path_factory: pytest.TempPathFactory, parts: list[
         method = method + other
     model = with_adapter(family, method)
     epitaxy.save(model, folder, format="peft")
-    # changes many times larger than the weights amplify rounding
-    close(run(family, load_in_peft(family, folder)), run(family, model), tolerance=1e-3)
+    loaded = load_in_peft(family, folder)
+    close(run(family, loaded.double()), run(family, model.double()))  # large scales multiply the rounding of fp32
 
 
 def test_a_change_that_peft_would_never_run_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Grid convolution: a bottleneck with convolutions along the axes of the patch grid.
+"""Grid convolution: a bottleneck with convolutions along time and frequency.  After LoAA 2024 (2412.05951).
 
-After LoAA (2412.05951), which adapts picture transformers to sound with one-dimensional convolutions along time and
-along frequency.  Unlike a convolution over the flattened sequence it neither runs from the end of one row into the
-next nor mixes special tokens with patches.
+LoAA adapts picture transformers to sound with one-dimensional convolutions along the axes of the patch grid.  Unlike a
+convolution over the flattened sequence it neither runs from the end of one row into the next nor mixes special tokens
+with patches.
 """
 
 from __future__ import annotations

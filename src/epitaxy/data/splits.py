@@ -157,7 +157,7 @@ def _plan(pool: Pool, spec: DataSpec, notes: list[str]) -> Plan:
 def _read(spec: DataSpec) -> Pool:
     path = Path(spec.source).expanduser()
     if spec.source.startswith(PREFIX):
-        return read_folder(list_archive(shipped_archive(spec.source.removeprefix(PREFIX))), spec, "vision")
+        return _read_tree(list_archive(shipped_archive(spec.source.removeprefix(PREFIX))), spec)
     if spec.kind == "hub":
         return read_hub(spec)
     if not path.exists():

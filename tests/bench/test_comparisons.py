@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import __main__ as everything
-from benchmarks import audio_front_end, inactive, lora_vs_peft, many_adapters, moa
+from benchmarks import adapter_training, audio_front_end, inactive, lora_vs_peft, many_adapters, moa
 from benchmarks.bases import SHAPES
 
 import epitaxy
@@ -126,3 +126,23 @@ def test_audio_front_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     extractor, cache = stored["tables"]
     assert len(extractor["rows"]) == 2
     assert cache["rows"][0]["cached / computed"]["median"] < 0.8
+
+
+def test_adapter_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (training,) = results(adapter_training, tmp_path, monkeypatch)["tables"]
+    assert [row["method"] for row in training["rows"]] == [
+        adapter_training.BOUND,
+        *adapter_training.METHODS,
+        "full fine-tuning",
+    ]
+    assert training["rows"][0]["bound / step"]["median"] == 1.0
+
+
+def test_the_bound_takes_the_gradient_to_the_first_block_and_of_no_weight() -> None:
+    model, inputs = adapter_training.base(quick=True), torch.randn(2, 64, 128)
+    seen: list[torch.Tensor] = []
+    first = model.get_submodule("audio_spectrogram_transformer.layers.0")
+    first.register_full_backward_hook(lambda _module, gradient, _output: seen.append(gradient[0]))
+    adapter_training.bound(model, inputs)()
+    assert seen[0].abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -37,7 +37,10 @@ SNIPPETS = [
 
 @pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=[f"{page}-{n}" for n, (page, _) in enumerate(SNIPPETS)])
 def test_the_snippets_of_the_docs_run(page: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the shipped model; the layout of a model we do not know on a module with those names."""
+    """On the shipped model; the layout of a model we do not know on a module with those names.
+
+    Snippets for another kind of model say so after the language: ```` ```python needs an AST ````.
+    """
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     names = {
         "epitaxy": epitaxy,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import epitaxy
+from epitaxy.core.anatomy import base_modules
 from epitaxy.core.host import hosted
 from tests.contract.families import FAMILIES, Family, enable_checkpointing
 from tests.contract.methods import Variant
@@ -324,6 +325,9 @@ def route_equals_separate_runs(case: Case, rows: list[str | None]) -> None:
     pair = [case.attach("a", seed=1), case.attach("b", seed=2)]
     model, batch = case.model, len(rows)
     model.train()
+    for module in base_modules(model).values():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()  # statistics of a batch, which the base itself would take, mix its rows
     separate: dict[int, Tensor] = {}
     expected: dict[str, Tensor] = {}
     for name in dict.fromkeys(rows):

@@ -281,7 +281,10 @@ part = st.builds(
 @given(parts=st.lists(part, min_size=1, max_size=3))
 def test_any_mix_of_parts(tmp_path_factory: pytest.TempPathFactory, parts: list[LoRA]) -> None:
     family, folder = BASES["llama"], tmp_path_factory.mktemp("mix")
-    parts = [LoRA(p.at, p.rank, p.alpha, 0.0, p.rank_stabilised, None if "head" in p.at else p.layers) for p in parts]
+    parts = [
+        LoRA(p.at, p.rank, p.alpha, rank_stabilised=p.rank_stabilised, layers=None if "head" in p.at else p.layers)
+        for p in parts
+    ]
     method: Any = parts[0]
     for other in parts[1:]:
         method = method + other

@@ -144,8 +144,8 @@ def pages(docs: Path, outcomes: Outcomes) -> dict[Path, str]:
         if len(parts) == 1:
             single.setdefault(parts[0].method_name, []).append(method)
     readme = docs.parent / "README.md"
-    everywhere = [method for methods in single.values() for method in methods]
-    found[readme] = fill(readme.read_text(), "capabilities", overview(outcomes, everywhere))
+    usual = [methods[0] for methods in single.values()]
+    found[readme] = fill(readme.read_text(), "capabilities", overview(outcomes, usual))
     for name, methods in single.items():
         page = docs / "methods" / f"{name}.md"
         found[page] = fill(page.read_text(), f"capabilities: {name}", overview(outcomes, methods))

@@ -15,7 +15,7 @@ from pathlib import Path
 from scripts.reference_ast.assets import DEFAULT_CACHE
 from scripts.reference_ast.evaluate import human_speakers
 
-from epitaxy.core.files import write_atomically
+from epitaxy.core.storage import write_atomically
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import count
 from pathlib import Path
 
-from epitaxy.core.files import write_atomically
 from epitaxy.core.registry import methods_in
+from epitaxy.core.storage import write_atomically
 from tests.contract.cells import Cell, cells, verify
 from tests.contract.checks import CHECKS, TITLES
 from tests.contract.families import FAMILIES

@@ -22,7 +22,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from epitaxy.core.files import inspect, read_tensors
+from epitaxy.core.files import inspect
+from epitaxy.core.storage import read_tensors
 from epitaxy.train.checkpoint import FOLDER, PATTERN
 from epitaxy.train.loop import METRICS, read_metrics
 from epitaxy.train.metrics_log import MetricsLog

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from epitaxy.bench.grid import Grid, slug
 from epitaxy.bench.outcome import AVERAGE, Outcome, averages, legend
-from epitaxy.core.files import write_atomically
+from epitaxy.core.storage import write_atomically
 from epitaxy.report import build_comparison
 from epitaxy.report.charts import Mark, Series, line_chart, point_chart
 from epitaxy.report.page import PAGE, render

@@ -100,7 +100,7 @@ def _write(file: Path, grid: Grid, cells: Sequence[Cell], failures: dict[str, st
     from epitaxy.bench.grid_page import build_page
     from epitaxy.bench.outcome import as_json, legend, lines, markdown, outcome
     from epitaxy.cli.console import say, say_json, table
-    from epitaxy.core.files import write_atomically
+    from epitaxy.core.storage import write_atomically
     from epitaxy.train.run_directory import write_json
 
     outcomes = [outcome(cell, grid.metric) for cell in cells]

@@ -114,7 +114,7 @@ def _plain(predictions: Sequence[Prediction], classes: Sequence[str]) -> list[di
 
 
 def _write(out: Path, predictions: Sequence[Prediction], classes: Sequence[str]) -> None:
-    from epitaxy.core.files import write_atomically
+    from epitaxy.core.storage import write_atomically
     from epitaxy.train.run_directory import write_json
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from epitaxy.core.errors import FormatError
-from epitaxy.core.files import read_shapes, read_tensors
+from epitaxy.core.storage import read_shapes, read_tensors
 from epitaxy.interop.ast_petl_names import COUNTER, ENTRIES, HEAD, LAYER, PREFIXES, Style
 
 FILE = "ast_petl.pt"

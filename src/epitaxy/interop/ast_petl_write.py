@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from epitaxy.core.adapter import Adapter
 from epitaxy.core.edits import Swap
 from epitaxy.core.errors import FormatError, UnsupportedError
-from epitaxy.core.files import whole_tensors, write_atomically
+from epitaxy.core.files import whole_tensors
 from epitaxy.core.host import require
+from epitaxy.core.storage import write_atomically
 from epitaxy.interop.ast_petl_base import base_names, base_tensors
 from epitaxy.interop.ast_petl_names import COUNTER, ENTRIES, HEAD, PREFIXES, Style, links
 from epitaxy.interop.ast_petl_state import FILE, read_state

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from epitaxy.core import files
-from epitaxy.core.files import Contents, Format, read_shapes, register_format
+from epitaxy.core.files import Contents, Format, register_format
+from epitaxy.core.storage import read_shapes
 from epitaxy.interop.peft_config import CONFIG, PICKLE, PREFIX, TENSORS, LoraConfig, read_config
 from epitaxy.interop.peft_read import FACTOR, load_tensors, read, tensor_file
 from epitaxy.interop.peft_write import write

@@ -18,10 +18,11 @@ from epitaxy.core.anatomy import Anatomy, base_modules, describe, is_linear, is_
 from epitaxy.core.edits import Delta, Swap
 from epitaxy.core.edits.head import Replace
 from epitaxy.core.errors import EpitaxyError, FormatError
-from epitaxy.core.files import fill, read_tensors
+from epitaxy.core.files import fill
 from epitaxy.core.host import attach, detach, hosted
 from epitaxy.core.registry import Composition
 from epitaxy.core.sites import width_out
+from epitaxy.core.storage import read_tensors
 from epitaxy.interop.peft_config import (
     ALL_LINEAR,
     CONFIG,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from epitaxy.core.errors import EpitaxyError
-from epitaxy.core.files import write_atomically
+from epitaxy.core.storage import write_atomically
 from epitaxy.report.charts import Mark, Series, line_chart, point_chart
 from epitaxy.report.curves import points, validation_metric
 from epitaxy.report.page import PAGE, render

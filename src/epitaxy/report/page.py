@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from epitaxy.core.files import write_atomically
+from epitaxy.core.storage import write_atomically
 from epitaxy.report import figures
 from epitaxy.report.confusion import confusion_of
 from epitaxy.report.curves import curves_of, update_charts

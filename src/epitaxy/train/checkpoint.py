@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from epitaxy.core.errors import FormatError
-from epitaxy.core.files import read_tensors, writing
+from epitaxy.core.storage import read_tensors, writing
 
 SCHEMA = 1
 FOLDER, PATTERN = "checkpoints", "step-*.safetensors"

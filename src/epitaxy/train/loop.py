@@ -15,7 +15,7 @@ from torch import nn
 
 from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError
-from epitaxy.core.files import read_tensors
+from epitaxy.core.storage import read_tensors
 from epitaxy.train import resume as resuming
 from epitaxy.train.accelerating import make_accelerator, prepared
 from epitaxy.train.checkpoint import (

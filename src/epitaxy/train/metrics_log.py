@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from epitaxy.core.files import writing
+from epitaxy.core.storage import writing
 
 
 class MetricsLog:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from epitaxy.core.errors import EpitaxyError
-from epitaxy.core.files import write_atomically, writing
+from epitaxy.core.storage import write_atomically, writing
 from epitaxy.train.config import FREE
 from epitaxy.train.recipe import Recipe, RecipeError, differences, from_dict
 from epitaxy.train.strict_yaml import read

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from epitaxy.core.files import write_atomically
+from epitaxy.core.storage import write_atomically
 from epitaxy.data.audio.sound import Sound
 from epitaxy.data.audio.waveform import Waveform
 from epitaxy.tasks.metrics import Metrics

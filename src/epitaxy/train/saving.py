@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from epitaxy.core.errors import EpitaxyError
-from epitaxy.core.files import writing
+from epitaxy.core.storage import writing
 
 
 def require_free(target: Path) -> None:

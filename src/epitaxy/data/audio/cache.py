@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from epitaxy.core.errors import EpitaxyError
-from epitaxy.core.files import write_atomically
+from epitaxy.core.storage import write_atomically
 
 SUFFIX = ".features"
 RENEW = 3600  # seconds after which reading an entry marks it as used again

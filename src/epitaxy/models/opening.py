@@ -74,8 +74,8 @@ def open_classifier(
         config.label2id = {label: number for number, label in enumerate(labels)}
         model, info = _read(source, "weights", lambda: _load(where, modality, config, DTYPES[dtype]))
         processor = _read(source, "processor", lambda: _auto(_PROCESSORS[modality]).from_pretrained(where, **_OWN_CODE))
-    if size is not None and modality == "audio":
-        processor = _resize(model, processor, size, source)
+        if size is not None and modality == "audio":
+            processor = _resize(model, processor, size, source)
     model.config._name_or_path = source  # what files name as the base: not where this installation keeps it
     head = _head_path(source, model, len(labels))
     fresh = _check_loaded(source, model, head, info) or fresh
@@ -263,14 +263,19 @@ def _ensure_padding(model: Any, tokenizer: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no load report on the terminal: what matters of it is raised or warned here."""
+    """No progress bars and no load report on the terminal: what matters of it is raised or warned here.
+
+    AST's extractor warns of its own published filter bank, some of whose narrowest filters fall between two bins.
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

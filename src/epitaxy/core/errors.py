@@ -33,6 +33,12 @@ def expect_one_of(what: str, value: object, known: Iterable[str]) -> None:
         raise EpitaxyError(f"{what}: expected one of {', '.join(choices)}, found {value!r}")
 
 
+def expect_dropout(value: float) -> None:
+    """Raise ``EpitaxyError`` when ``value`` is no rate of dropout."""
+    if not 0 <= value < 1:
+        raise EpitaxyError(f"dropout must be from 0 to below 1, got {value}")
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """Return ``"; did you mean a, b?"`` for the known words closest to ``word``, or their list when none is close."""
     choices = list(known)

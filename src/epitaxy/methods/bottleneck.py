@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from epitaxy.core.edits import Edit, Insertion, Order
 from epitaxy.core.edits.edit import linear
-from epitaxy.core.errors import EpitaxyError, expect_one_of
+from epitaxy.core.errors import EpitaxyError, expect_dropout, expect_one_of
 from epitaxy.core.registry import declare, method
 from epitaxy.core.sites import Site
 
@@ -81,6 +81,7 @@ class Bottleneck:
     def __post_init__(self) -> None:
         if self.bottleneck < 1:
             raise EpitaxyError(f"bottleneck must be at least 1, got {self.bottleneck}")
+        expect_dropout(self.dropout)
         expect_one_of("activation", self.activation, ACTIVATIONS)
         expect_one_of("init", self.init, get_args(Init))
         departs = "both matrices start random" if self.init == "legacy_normal" else self.insertion.departs

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from epitaxy.core.edits import Edit, Insertion, Order
 from epitaxy.core.edits.edit import cast, linear
-from epitaxy.core.errors import EpitaxyError, UnsupportedError, expect_one_of
+from epitaxy.core.errors import EpitaxyError, UnsupportedError, expect_dropout, expect_one_of
 from epitaxy.core.registry import declare, method
 from epitaxy.core.sites import Site
 
@@ -188,6 +188,7 @@ class Conformer:
         for name in ("bottleneck", "kernel"):
             if getattr(self, name) < 1:
                 raise EpitaxyError(f"{name} must be at least 1, got {getattr(self, name)}")
+        expect_dropout(self.dropout)
         expect_one_of("norm", self.norm, get_args(Norm))
         expect_one_of("inner_norm", self.inner_norm, get_args(InnerNorm))
         random = self.legacy or not self.zero_init

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from epitaxy.core.edits import Edit, Grid, Insertion, Order, grid_at
 from epitaxy.core.edits.edit import cast, linear
-from epitaxy.core.errors import EpitaxyError, UnsupportedError
+from epitaxy.core.errors import EpitaxyError, UnsupportedError, expect_dropout
 from epitaxy.core.registry import declare, method
 from epitaxy.core.sites import Site
 
@@ -103,6 +103,7 @@ class Convpass:
         for name in ("bottleneck", "kernel"):
             if getattr(self, name) < 1:
                 raise EpitaxyError(f"{name} must be at least 1, got {getattr(self, name)}")
+        expect_dropout(self.dropout)
         if self.dimensions not in (1, 2):
             raise EpitaxyError(f"dimensions must be 1 or 2, got {self.dimensions}")
         Grid(self.grid)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from epitaxy.core.edits import Edit, Grid, Insertion, Order, grid_at
 from epitaxy.core.edits.edit import cast, linear
-from epitaxy.core.errors import EpitaxyError, UnsupportedError, expect_one_of
+from epitaxy.core.errors import EpitaxyError, UnsupportedError, expect_dropout, expect_one_of
 from epitaxy.core.registry import declare, method
 from epitaxy.core.sites import Site
 
@@ -100,6 +100,7 @@ class GridConv:
         for name in ("bottleneck", "kernel"):
             if getattr(self, name) < 1:
                 raise EpitaxyError(f"{name} must be at least 1, got {getattr(self, name)}")
+        expect_dropout(self.dropout)
         expect_one_of("axis", self.axis, get_args(Axis))
         Grid(self.grid)
         if self.insertion.departs is not None:

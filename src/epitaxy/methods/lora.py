@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from epitaxy.core.edits import Delta, Edit
-from epitaxy.core.errors import EpitaxyError
+from epitaxy.core.errors import EpitaxyError, expect_dropout
 from epitaxy.core.registry import method
 from epitaxy.core.sites import Site
 
@@ -38,8 +38,7 @@ class LoRA:
             raise EpitaxyError(f"rank must be at least 1, got {self.rank}")
         if self.alpha is not None and not math.isfinite(self.alpha):
             raise EpitaxyError(f"alpha must be a finite number, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise EpitaxyError(f"dropout must be from 0 to below 1, got {self.dropout}")
+        expect_dropout(self.dropout)
         if self.legacy:
             object.__setattr__(self, "cannot", {"identity": "with the legacy start neither factor is zero"})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +45,8 @@ def shipped_sounds(name: str) -> Iterator[Sound]:
             yield part, label, archive.read(entry)
 
 
-def human_speakers(cache: Path) -> Iterator[Sound]:
-    """Captions, the same pictures in the same part for all speakers."""
+def human_speakers(cache: Path, clips: Mapping[str, int] = SPEAKER_CLIPS) -> Iterator[Sound]:
+    """Captions, the same pictures in the same part for all speakers; ``clips`` of each speaker by part."""
     folder = unpack("captions", cache) / "usr/share/tuxpaint/stamps"
     found = {
         code: {path.name.removesuffix(f"_desc_{code}.ogg"): path for path in folder.rglob(f"*_desc_{code}.ogg")}
@@ -59,7 +59,7 @@ def human_speakers(cache: Path) -> Iterator[Sound]:
     )
     for code, language in SPEAKERS.items():
         order = np.random.default_rng(15).permutation(sorted(found[code]))
-        for part, count in SPEAKER_CLIPS.items():
+        for part, count in clips.items():
             for picture in [name for name in order if part_of[name] == part][:count]:
                 yield part, language, found[code][picture].read_bytes()
 

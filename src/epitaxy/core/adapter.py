@@ -93,7 +93,10 @@ class Adapter:
 
 
 def build(method: Any, sites_of: Any) -> list[Piece]:
-    """Make every piece of ``method`` without touching a model; ``sites_of(part)`` returns the sites of one method."""
+    """Make every piece of ``method`` without touching a model; ``sites_of(part)`` returns the sites of one method.
+
+    What ``shared(sites)`` of a method returns, where it has one, its ``edits`` receive beside the site.
+    """
     pieces: list[Piece] = []
     counts: dict[str, int] = {}
     for part in methods_in(method):
@@ -101,10 +104,11 @@ def build(method: Any, sites_of: Any) -> list[Piece]:
         number = counts[part.method_name]
         name = part.method_name if number == 1 else f"{part.method_name}_{number}"
         sites: list[Site] = sites_of(part)
+        shared = (part.shared(sites),) if callable(getattr(part, "shared", None)) else ()
         before = len(pieces)
         for site in sites:
             try:
-                for position, edit in enumerate(part.edits(site)):
+                for position, edit in enumerate(part.edits(site, *shared)):
                     pieces.extend(_pieces_of(edit, site, name, position))
             except SiteError as error:
                 if repr(site.path) in str(error):

@@ -84,7 +84,7 @@ def _carry_out(
             failures[f"{cell.title}, {planned.title}"] = str(reason)
             print(f"{head}failed: {reason}", file=sys.stderr, flush=True)
         elif not json:
-            scored = f"{grid.metric} {100 * result['test'].get(grid.metric, float('nan')):.2f} %"
+            scored = f"{cell.metric} {100 * result['test'].get(cell.metric, float('nan')):.2f} %"
             say(head + scored + (", finished before" if finished else f", {seconds(result['train_seconds'])}"))
 
     try:
@@ -98,12 +98,12 @@ def _carry_out(
 
 def _write(file: Path, grid: Grid, cells: Sequence[Cell], failures: dict[str, str], out: Path, json: bool) -> None:
     from epitaxy.bench.grid_page import build_page
-    from epitaxy.bench.outcome import as_json, legend, lines, markdown, outcome
+    from epitaxy.bench.outcome import as_json, legend, lines, markdown, outcomes_of
     from epitaxy.cli.console import say, say_json, table
     from epitaxy.core.storage import write_atomically
     from epitaxy.train.run_directory import write_json
 
-    outcomes = [outcome(cell, grid.metric) for cell in cells]
+    outcomes = outcomes_of(cells)
     found = as_json(file, grid, outcomes, failures)
     write_json(out / JSON, found)
     write_atomically(out / MARKDOWN, markdown(grid, outcomes, failures).encode())
@@ -133,7 +133,7 @@ def _list(cells: Sequence[Cell], probe: bool, json: bool) -> None:
         row |= {"begun": states.count("begun"), "published": cell.published, "problem": None}
         row |= {"method": None, "steps": None, "trained_parameters": None, "seconds": None}
         try:
-            told = plan(cell.runs[0].recipe, measure=probe)
+            told = plan(cell.runs[0].recipe, measure=probe, progress=True)
             row |= {"method": told.title, "steps": told.steps, "trained_parameters": told.trained_parameters}
             if told.time is not None:
                 row["seconds"] = told.time.total * (len(states) - states.count("finished"))

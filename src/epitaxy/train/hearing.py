@@ -12,6 +12,7 @@ from epitaxy.data.audio.spec import AudioSpec
 from epitaxy.data.splits import Splits
 from epitaxy.models.opening import InputSize, Opened, open_classifier
 from epitaxy.tasks.classification import Classification
+from epitaxy.train.progress import counted
 
 FRONT_END = "front_end"  # its place in an adapter's provenance
 
@@ -36,12 +37,17 @@ def input_size(spec: AudioSpec) -> InputSize:
     return InputSize(spec.frames, spec.mels, spec.positions, spec.legacy)
 
 
-def task_for(opened: Opened, splits: Splits, spec: AudioSpec | None) -> Classification:
-    """Classification with our front end where the model and the data are of sounds."""
+def task_for(opened: Opened, splits: Splits, spec: AudioSpec | None, progress: bool = False) -> Classification:
+    """Classification with our front end where the model and the data are of sounds.
+
+    ``progress`` shows how far the statistics of the training sounds are, whose features go to the cache on the way.
+    """
     if spec is None or opened.modality != "audio":
         return Classification(opened, splits.classes)
     training = (splits.train[row] for row in range(len(splits.train)))
-    return Classification(opened, splits.classes, front_end=build(spec, opened.processor, training))
+    told = "statistics" + (" and features" if spec.cache else "") + " of the training sounds"
+    watched = counted(training, len(splits.train), told, progress)
+    return Classification(opened, splits.classes, front_end=build(spec, opened.processor, watched))
 
 
 def settings_of(task: Classification) -> dict[str, Any] | None:

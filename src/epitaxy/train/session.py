@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from epitaxy.core.errors import EpitaxyError, nearest
 from epitaxy.tasks.group import Group
+from epitaxy.tasks.metrics import OTHER_NAMES
 from epitaxy.train.config import TrainConfig
 from epitaxy.train.schedule import learning_rate
 from epitaxy.train.trainable import Trainable
@@ -143,7 +144,9 @@ class Session:
 def check_metric(name: str, known: tuple[str, ...]) -> None:
     """Raise when no metric is called ``name``."""
     if name not in known:
-        raise EpitaxyError(f"train.metric: no metric is called {name!r}{nearest(name, known)}")
+        meant = OTHER_NAMES.get(name.lower())
+        hint = f"; did you mean {meant!r}?" if meant in known else nearest(name, known)
+        raise EpitaxyError(f"train.metric: no metric is called {name!r}{hint}")
 
 
 def is_better(metric: str, value: float, best: float) -> bool:

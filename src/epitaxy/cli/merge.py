@@ -25,6 +25,7 @@ def command(
     from epitaxy.cli.opening import adapter_in, open_base
     from epitaxy.core.merge import merge
     from epitaxy.interop import inspect, load
+    from epitaxy.train.hearing import FRONT_END
     from epitaxy.train.saving import require_free, save_model, weight_bytes
 
     require_free(out)
@@ -33,6 +34,7 @@ def command(
     opened = open_base(base, contents)
     loaded = load(opened.model, file)
     report = merge(opened.model, loaded.name, tolerance=tolerance)
-    save_model(opened.model, opened.processor, out)
+    front_end = contents.provenance.get(FRONT_END)
+    save_model(opened.model, opened.processor, out, front_end if isinstance(front_end, dict) else None)
     say(str(report))
     say(f"saved {out} ({weight_bytes(out):,} bytes); it opens as any transformers model does, without epitaxy")

@@ -15,7 +15,7 @@ from epitaxy.core.host import detach
 from epitaxy.data.audio.spec import AudioSpec
 from epitaxy.data.splits import load_splits
 from epitaxy.tasks.classification import Classification
-from epitaxy.train.hearing import audio_spec, input_size, open_for, stored_spec, task_for
+from epitaxy.train.hearing import audio_spec, input_size, open_for, saved_spec, stored_spec, task_for
 from epitaxy.train.recipe import Recipe
 
 
@@ -38,15 +38,16 @@ def evaluate(recipe: Recipe, adapters: Sequence[Path], split: str, batch: int, p
     """Metrics of each adapter in turn on ``split`` of the recipe's data, on the recipe's base.
 
     The bare base comes first where it has a head of its own for these classes.  Every file is looked at before
-    anything is measured.  An adapter of sounds is measured with the front end it was trained with.  Raises
-    ``FormatError`` for an adapter of other classes, or for adapters whose models read clips of different lengths.
+    anything is measured.  An adapter of sounds is measured with the front end it was trained with, a model that we
+    saved with the one beside it.  Raises ``FormatError`` for an adapter of other classes, or for adapters whose models
+    read clips of different lengths.
     ``progress`` shows what takes long.
     """
     contents = [inspect(path) for path in adapters]
     splits = load_splits(recipe.data).lazily()
     for found in contents:
         _require_classes(found, splits.classes)
-    asked = audio_spec(recipe.data.audio, splits)
+    asked = audio_spec(recipe.data.audio or saved_spec(recipe.base.source), splits)
     specs = [stored_spec(found.provenance, str(found.path), asked) or asked for found in contents]
     _require_one_size(contents, specs)
     spec = specs[0] if specs else asked

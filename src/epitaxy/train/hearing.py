@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from epitaxy.core.errors import EpitaxyError, FormatError
@@ -13,6 +14,8 @@ from epitaxy.data.splits import Splits
 from epitaxy.models.opening import InputSize, Opened, open_classifier
 from epitaxy.tasks.classification import Classification
 from epitaxy.train.progress import counted
+from epitaxy.train.run_directory import read_json
+from epitaxy.train.saving import FRONT_END_FILE
 
 FRONT_END = "front_end"  # its place in an adapter's provenance
 
@@ -54,6 +57,12 @@ def settings_of(task: Classification) -> dict[str, Any] | None:
     """The settings of a task's front end with nothing left open, as plain data."""
     spec = getattr(task.front_end, "spec", None)
     return None if spec is None else spec.stored()
+
+
+def saved_spec(source: str) -> AudioSpec | None:
+    """The settings that lie beside a model saved by us, None where there are none."""
+    file = Path(source).expanduser() / FRONT_END_FILE
+    return stored_spec({FRONT_END: read_json(file)}, str(file)) if file.is_file() else None
 
 
 def stored_spec(provenance: Mapping[str, Any], origin: str, asked: AudioSpec | None = None) -> AudioSpec | None:

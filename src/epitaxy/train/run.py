@@ -97,11 +97,11 @@ def _finish(recipe: Recipe, ready: Prepared, trained: TrainResult, out: Path, be
 
 def _keep(recipe: Recipe, out: Path, ready: Prepared, tested: Metrics) -> None:
     """Save what was trained: the adapter, or the whole model."""
+    front_end = settings_of(ready.task)
     if ready.adapter is None:
         if not (out / MODEL).exists():
-            save_model(ready.opened.model, ready.opened.processor, out / MODEL)
+            save_model(ready.opened.model, ready.opened.processor, out / MODEL, front_end)
         return
-    front_end = settings_of(ready.task)
     ready.adapter.provenance = {
         "base": recipe.base.source,
         "data": recipe.data.source,

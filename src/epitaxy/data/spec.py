@@ -117,7 +117,7 @@ class Pool:
     """Everything one source holds.
 
     ``declared`` are the classes the source lists itself, in its order; ``empty`` the class folders without a file;
-    ``missing`` (name, reason) of files that the source names and does not hold.
+    ``missing`` (name, reason) of files that the source names and does not hold, and of lines to be left out.
     """
 
     rows: list[Row]

@@ -10,7 +10,9 @@ from epitaxy.core.errors import EpitaxyError, nearest
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["no", "bf16", "fp16"]
-Decay = Literal["matrices", "everything"]
+Decay = Literal["matrices", "weights", "everything"]
+Optimiser = Literal["adamw", "hf_adamw"]
+Idle = Literal["lazy", "momentum"]
 DEFAULT_EPOCHS = 10.0
 FREE = ("workers", "trackers", "checkpoint_every")  # may change between a run and its resumption
 SEEDS = 2**63  # torch takes no larger ones
@@ -26,7 +28,11 @@ class TrainConfig:
     of all.  ``clip`` bounds the norm of the gradient (None: no bound).  ``evaluate_every`` and ``checkpoint_every``
     count steps (default: once per epoch, and at every evaluation).  After ``patience`` evaluations without a better
     ``metric`` on the validation data training stops; ``keep_best`` returns to the best state in the end.  ``betas`` and
-    ``epsilon`` are AdamW's; biases, norms and other vectors do not decay, unless ``decay="everything"``.
+    ``epsilon`` are AdamW's; biases, norms and other vectors do not decay, unless ``decay`` is "weights" (all but
+    biases) or "everything".  ``optimiser="hf_adamw"`` is the older AdamW of transformers, for published recipes:
+    ``epsilon`` before bias correction, decay after the step.  Methods whose parameters are in parts (MoSA): parts that
+    no process drew rest, or with ``idle="momentum"`` go on by momentum and decay; with ``own_draws`` every process of
+    a distributed run draws for itself.
     """
 
     steps: int | None = None
@@ -36,6 +42,9 @@ class TrainConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     decay: Decay = "matrices"
+    optimiser: Optimiser = "adamw"
+    idle: Idle = "lazy"
+    own_draws: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     warmup: int | float = 0
@@ -86,7 +95,13 @@ class TrainConfig:
             raise EpitaxyError(f"train.warmup is a whole number of steps or a fraction below 1, got {self.warmup}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise EpitaxyError(f"train.betas lie in [0, 1), got {list(self.betas)}")
-        choices = {"schedule": get_args(Schedule), "precision": get_args(Precision), "decay": get_args(Decay)}
+        choices = {
+            "schedule": get_args(Schedule),
+            "precision": get_args(Precision),
+            "decay": get_args(Decay),
+            "optimiser": get_args(Optimiser),
+            "idle": get_args(Idle),
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 value = getattr(self, name)

@@ -15,14 +15,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from epitaxy.core.errors import EpitaxyError, StateError
+from epitaxy.train.config import Idle
 
-Idle = Literal["lazy", "momentum"]
 Split = tuple[str, nn.Parameter, Tensor, Tensor]
 _plain_step = inspect.unwrap(torch.optim.AdamW.step)  # without the hooks, which stand around our own step
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from epitaxy.core.errors import EpitaxyError, nearest
+from epitaxy.methods.draws import clocks
 from epitaxy.tasks.group import Group
 from epitaxy.train.config import TrainConfig
+from epitaxy.train.optimizers import optimizer_of
 from epitaxy.train.schedule import learning_rate
 from epitaxy.train.trainable import Trainable
 
@@ -50,14 +52,9 @@ class Session:
         self.accelerator, self.model, self.trainable = accelerator, model, trainable
         self.task, self.config, self.steps = task, config, steps
         self.objective = objective
-        self.optimizer = accelerator.prepare(
-            torch.optim.AdamW(
-                trainable.groups(config.weight_decay, config.decay == "everything"),
-                lr=config.learning_rate,
-                betas=config.betas,
-                eps=config.epsilon,
-            )
-        )
+        for clock in clocks(model):
+            clock.rank = accelerator.process_index if config.own_draws else 0
+        self.optimizer = accelerator.prepare(optimizer_of(model, trainable, config))
         self.standing = Standing()
         self.best: dict[str, Tensor] = {}
         self.start = trainable.copy()

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from epitaxy.methods.partition import split_parameters
 from epitaxy.train.lazy_adam import LazyAdamW
 from tests.train.copies import InParts, SplitBranch, two_pass_loss
 
@@ -44,7 +45,7 @@ def test_trajectory(kind: str, idle: Any, dtype: torch.dtype, close: float) -> N
             {"params": [p for name, p in model.named_parameters() if decaying[name] is flag], "weight_decay": decay}
             for flag, decay in ((True, float(golden["weight_decay"])), (False, 0.0))
         ],
-        model.in_parts(),
+        split_parameters(model),
         lr=float(golden["lr"]),
         eps=1e-6,
         idle=idle,

@@ -89,13 +89,6 @@ class SplitBranch(nn.Module):
             if isinstance(module, InParts | Copies):
                 module.drawn = part
 
-    def in_parts(self) -> Iterator[Split]:
-        """What is split, for the optimiser."""
-        for place, module in (("down", self.down), ("up", self.up)):
-            if isinstance(module, InParts):
-                for name, *rest in module.in_parts():
-                    yield f"{place}.{name}", *rest
-
 
 def sym_kl(p: Tensor, q: Tensor) -> Tensor:
     """Half the sum of both divergences, the target of each without a gradient, mean over the batch."""

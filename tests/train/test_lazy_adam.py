@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epitaxy.core.errors import EpitaxyError, StateError
+from epitaxy.methods.partition import split_parameters
 from epitaxy.train.lazy_adam import LazyAdamW
 from tests.train.copies import Copies, InParts, SplitBranch, two_pass_loss
 
@@ -71,7 +73,7 @@ def differences(ours: SplitBranch, theirs: SplitBranch) -> float:
 
 
 def lazy(model: SplitBranch, **settings: Any) -> LazyAdamW:
-    return LazyAdamW(model.parameters(), model.in_parts, **settings)
+    return LazyAdamW(model.parameters(), partial(split_parameters, model), **settings)
 
 
 @pytest.mark.parametrize("split", ["up", "down", "both"])
@@ -146,13 +148,13 @@ def test_a_step_leaves_other_parts_alone_to_the_bit(split: str) -> None:
     ours.draw(1)
     ((x, y),) = next(batches(1))
     F.cross_entropy(ours(x), y).backward()
-    for _, parameter, owners, used in ours.in_parts():
+    for _, parameter, owners, used in split_parameters(ours):
         assert used.tolist() == [False, True, False]
         assert parameter.grad is not None
         assert parameter.grad[owners != 1].abs().max() == 0
         assert parameter.grad[owners == 1].abs().min() > 0
     optimizer.step()
-    parted = {name: owners for name, _, owners, _ in ours.in_parts()}
+    parted = {name: owners for name, _, owners, _ in split_parameters(ours)}
     for number, (name, parameter) in enumerate(ours.named_parameters()):
         if name not in parted:
             assert not torch.equal(parameter, before[name]), name
@@ -164,7 +166,7 @@ def test_a_step_leaves_other_parts_alone_to_the_bit(split: str) -> None:
             held = optimizer.state[parameter][key]
             assert torch.equal(held[rests], moments[number][key][rests])
             assert not torch.equal(held[~rests], moments[number][key][~rests])
-    assert not any(bool(used.any()) for _, _, _, used in ours.in_parts())
+    assert not any(bool(used.any()) for _, _, _, used in split_parameters(ours))
 
 
 @pytest.mark.parametrize("idle", ["lazy", "momentum"])
@@ -304,7 +306,7 @@ def test_state_is_that_of_adamw_but_for_the_counts() -> None:
 
     linear = nn.Linear(16, 768)
     split = InParts(linear, torch.arange(768 * 16).view(768, 16) % 4, 4)
-    optimizers = [torch.optim.AdamW(linear.parameters()), LazyAdamW(split.parameters(), split.in_parts())]
+    optimizers = [torch.optim.AdamW(linear.parameters()), LazyAdamW(split.parameters(), split_parameters(split))]
     for module, optimizer in zip((linear, split), optimizers, strict=True):
         module(torch.randn(2, 16)).square().sum().backward()
         optimizer.step()
@@ -313,10 +315,10 @@ def test_state_is_that_of_adamw_but_for_the_counts() -> None:
 
 def test_draws_noted_on_another_device_are_told() -> None:
     ours, _ = pair("up")
-    stale = [(name, parameter, owners, used.to("meta")) for name, parameter, owners, used in ours.in_parts()]
+    stale = [(name, parameter, owners, used.to("meta")) for name, parameter, owners, used in split_parameters(ours)]
     with pytest.raises(StateError, match=r"up.weight: the parameter is on cpu, its draws were noted on meta"):
         LazyAdamW(ours.parameters(), stale)
-    wrong = [(name, parameter, owners[1:], used) for name, parameter, owners, used in ours.in_parts()]
+    wrong = [(name, parameter, owners[1:], used) for name, parameter, owners, used in split_parameters(ours)]
     with pytest.raises(StateError, match=r"up.weight: owners have shape \(11, 6\), not \(12, 6\)"):
         LazyAdamW(ours.parameters(), wrong)
 

@@ -11,8 +11,9 @@ from epitaxy.core.errors import EpitaxyError, nearest
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["no", "bf16", "fp16"]
 Decay = Literal["matrices", "everything"]
+BaseMode = Literal["eval", "train"]
 DEFAULT_EPOCHS = 10.0
-FREE = ("workers", "trackers", "checkpoint_every")  # may change between a run and its resumption
+FREE = ("workers", "trackers", "checkpoint_every", "max_skipped")  # may change between a run and its resumption
 SEEDS = 2**63  # torch takes no larger ones
 
 
@@ -27,6 +28,9 @@ class TrainConfig:
     count steps (default: once per epoch, and at every evaluation).  After ``patience`` evaluations without a better
     ``metric`` on the validation data training stops; ``keep_best`` returns to the best state in the end.  ``betas`` and
     ``epsilon`` are AdamW's; biases, norms and other vectors do not decay, unless ``decay="everything"``.
+    ``base_mode``: a frozen base stands in evaluation mode while its adapter trains; "train" switches its dropout,
+    stochastic depth and masking on, as much published code does.  A step whose loss or gradient is not finite is
+    skipped and counted; after more than ``max_skipped`` of them in a row training stops with an error.
     """
 
     steps: int | None = None
@@ -52,6 +56,8 @@ class TrainConfig:
     log_every: int = 10
     workers: int = 0
     trackers: tuple[str, ...] = ()
+    base_mode: BaseMode = "eval"
+    max_skipped: int = 10
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -76,7 +82,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise EpitaxyError(f"train.{name} must be above 0 and finite, got {value}")
-        for name in ("weight_decay", "warmup", "workers", "seed"):
+        for name in ("weight_decay", "warmup", "workers", "seed", "max_skipped"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise EpitaxyError(f"train.{name} must not be negative and must be finite, got {value}")
@@ -86,7 +92,12 @@ class TrainConfig:
             raise EpitaxyError(f"train.warmup is a whole number of steps or a fraction below 1, got {self.warmup}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise EpitaxyError(f"train.betas lie in [0, 1), got {list(self.betas)}")
-        choices = {"schedule": get_args(Schedule), "precision": get_args(Precision), "decay": get_args(Decay)}
+        choices = {
+            "schedule": get_args(Schedule),
+            "precision": get_args(Precision),
+            "decay": get_args(Decay),
+            "base_mode": get_args(BaseMode),
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 value = getattr(self, name)
@@ -103,7 +114,8 @@ class TrainResult:
     """What came out of a training run.
 
     ``history`` holds the lines of ``metrics.jsonl``; ``best_step`` and ``best_metric`` are None without validation;
-    ``resumed_at`` is the step a killed run was taken up at.
+    ``resumed_at`` is the step a killed run was taken up at; ``skipped_steps`` of the ``steps`` changed nothing, because
+    their loss or gradient was not finite.
     """
 
     steps: int
@@ -114,6 +126,7 @@ class TrainResult:
     history: list[dict[str, Any]]
     trained_parameters: int
     resumed_at: int | None = None
+    skipped_steps: int = 0
 
 
 def count_steps(config: TrainConfig, examples: int) -> int:

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError, UnsupportedError
 from epitaxy.methods.draws import clocks
 from epitaxy.methods.partition import split_parameters
-from epitaxy.train.config import TrainConfig
+from epitaxy.train.config import BaseMode, TrainConfig
+from epitaxy.train.modes import training_modes
 from epitaxy.train.tracking import check_trackers
-from epitaxy.train.trainable import freeze_statistics
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks for names of what it leaves to each process
 PATCHED = ("forward", "_original_forward", "_is_accelerate_prepared", IGNORED)  # what is left on a model
@@ -63,22 +64,20 @@ def check_precision(precision: str, device: str) -> None:
 
 
 @contextmanager
-def prepared(accelerator: Any, model: nn.Module) -> Iterator[nn.Module]:
-    """The model as accelerate wraps it, in training mode; afterwards its modes and methods are what they were."""
+def prepared(
+    accelerator: Any, model: nn.Module, adapter: Adapter | None, base_mode: BaseMode = "eval"
+) -> Iterator[nn.Module]:
+    """The model as accelerate wraps it, its modes set for training; afterwards modes and methods are what they were."""
     before = set(model.__dict__)
-    modes = {module: module.training for module in model.modules()}
     try:
         setattr(model, IGNORED, [*getattr(model, IGNORED, ()), *draws_in(model)])
         wrapped: nn.Module = accelerator.prepare(model)
-        wrapped.train()
-        freeze_statistics(wrapped)
-        yield wrapped
+        with training_modes(model, adapter, base_mode):
+            yield wrapped
     finally:
         for name in PATCHED:
             if name not in before:
                 model.__dict__.pop(name, None)
-        for module, training in modes.items():
-            module.training = training
 
 
 def draws_in(model: nn.Module) -> list[str]:

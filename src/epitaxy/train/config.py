@@ -13,8 +13,9 @@ Precision = Literal["no", "bf16", "fp16"]
 Decay = Literal["matrices", "weights", "everything"]
 Optimiser = Literal["adamw", "hf_adamw"]
 Idle = Literal["lazy", "momentum"]
+BaseMode = Literal["eval", "train"]
 DEFAULT_EPOCHS = 10.0
-FREE = ("workers", "trackers", "checkpoint_every")  # may change between a run and its resumption
+FREE = ("workers", "trackers", "checkpoint_every", "max_skipped")  # may change between a run and its resumption
 SEEDS = 2**63  # torch takes no larger ones
 
 
@@ -33,6 +34,9 @@ class TrainConfig:
     ``epsilon`` before bias correction, decay after the step.  Methods whose parameters are in parts (MoSA): parts that
     no process drew rest, or with ``idle="momentum"`` go on by momentum and decay; with ``own_draws`` every process of
     a distributed run draws for itself.
+    ``base_mode``: a frozen base stands in evaluation mode while its adapter trains; "train" switches its dropout,
+    stochastic depth and masking on, as much published code does.  A step whose loss or gradient is not finite is
+    skipped and counted; after more than ``max_skipped`` of them in a row training stops with an error.
     """
 
     steps: int | None = None
@@ -61,6 +65,8 @@ class TrainConfig:
     log_every: int = 10
     workers: int = 0
     trackers: tuple[str, ...] = ()
+    base_mode: BaseMode = "eval"
+    max_skipped: int = 10
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -85,7 +91,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise EpitaxyError(f"train.{name} must be above 0 and finite, got {value}")
-        for name in ("weight_decay", "warmup", "workers", "seed"):
+        for name in ("weight_decay", "warmup", "workers", "seed", "max_skipped"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise EpitaxyError(f"train.{name} must not be negative and must be finite, got {value}")
@@ -101,6 +107,7 @@ class TrainConfig:
             "decay": get_args(Decay),
             "optimiser": get_args(Optimiser),
             "idle": get_args(Idle),
+            "base_mode": get_args(BaseMode),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -118,7 +125,8 @@ class TrainResult:
     """What came out of a training run.
 
     ``history`` holds the lines of ``metrics.jsonl``; ``best_step`` and ``best_metric`` are None without validation;
-    ``resumed_at`` is the step a killed run was taken up at.
+    ``resumed_at`` is the step a killed run was taken up at; ``skipped_steps`` of the ``steps`` changed nothing, because
+    their loss or gradient was not finite.
     """
 
     steps: int
@@ -129,6 +137,7 @@ class TrainResult:
     history: list[dict[str, Any]]
     trained_parameters: int
     resumed_at: int | None = None
+    skipped_steps: int = 0
 
 
 def count_steps(config: TrainConfig, examples: int) -> int:

@@ -14,6 +14,7 @@ from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import FormatError, StateError, UnsupportedError
 from epitaxy.core.host import hosted, unwrap
 from epitaxy.core.registry import methods_in
+from epitaxy.tasks.objective import Objective
 from epitaxy.train.config import Decay
 
 
@@ -124,9 +125,14 @@ def objective_of(adapter: Adapter | None) -> Any:
     return found[0].objective if found else None
 
 
-def freeze_statistics(model: nn.Module) -> None:
-    """Batch norms of the frozen base keep the statistics they came with."""
-    for module in model.modules():
-        learns = any(parameter.requires_grad for parameter in module.parameters())
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not learns:
-            module.eval()
+def objective_for(adapter: Adapter | None, given: Any) -> Any:
+    """The objective of a run: the one given, or what a method brings along.
+
+    Raises ``UnsupportedError`` where a method's own would be lost to one that knows nothing of it.
+    """
+    own = objective_of(adapter)
+    if own is not None and isinstance(given, Objective):
+        raise UnsupportedError(
+            f"a method of this adapter brings an objective of its own, which '{given}' would replace; leave one out"
+        )
+    return own if given is None else given

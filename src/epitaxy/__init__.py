@@ -36,6 +36,7 @@ _PUBLIC = {
     "GridConv": "epitaxy.methods.grid_conv",
     "Head": "epitaxy.methods.head",
     "LoRA": "epitaxy.methods.lora",
+    "MoSA": "epitaxy.methods.mosa",
     "NormTuning": "epitaxy.methods.norm_tuning",
     "Prefix": "epitaxy.methods.prefix",
     "Prompt": "epitaxy.methods.prompt",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from epitaxy.methods.grid_conv import GridConv as GridConv
     from epitaxy.methods.head import Head as Head
     from epitaxy.methods.lora import LoRA as LoRA
+    from epitaxy.methods.mosa import MoSA as MoSA
     from epitaxy.methods.norm_tuning import NormTuning as NormTuning
     from epitaxy.methods.prefix import Prefix as Prefix
     from epitaxy.methods.prompt import Prompt as Prompt

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epitaxy.core.edits.edit import cast, linear
+from epitaxy.core.hidden_units import HiddenUnits
 from epitaxy.methods.bottleneck import ACTIVATIONS, TwoLayerMLP, normalised
 from epitaxy.methods.draws import Clock
 from epitaxy.methods.parts import Draw, Parts, Rows
 
 BiasBy = Literal["shared", "parts"]
+Projection = Literal["down", "up"]
 
 
 class SparseMLP(nn.Module):
@@ -63,12 +65,12 @@ class SparseMLP(nn.Module):
         rows, self._rows = self._rows or Rows(x.shape[0]), None
         y = normalised(self.norm, x)
         if not self.training:
-            return self._mapped(self.up, self.up_parts, self._active(self._mapped(self.down, self.down_parts, y)))
+            return self._merged("up", self._active(self._merged("down", y)))
         if self.up_parts is not None and self.up_parts.axis == 1:
             y = self._units(self.up_parts, y, rows)
         else:
-            low = self._active(self._mapped(self.down, self.down_parts, y, rows))
-            y = self._mapped(self.up, self.up_parts, low, rows)
+            low = self._active(self._drawn(self.down, self.down_parts, y, rows))
+            y = self._drawn(self.up, self.up_parts, low, rows)
         if self.noise:
             y = y * (1 + self.noise * torch.randn_like(y))
         if self.drop_path:
@@ -78,19 +80,20 @@ class SparseMLP(nn.Module):
     def _active(self, low: Tensor) -> Tensor:
         return F.dropout(ACTIVATIONS[self.activation](low), self.dropout, self.training)
 
-    def _mapped(self, layer: nn.Linear, parts: Parts | None, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """One projection; without ``rows`` its parts are merged."""
+    def _merged(self, projection: Projection, x: Tensor) -> Tensor:
+        weight, bias = self.merged(projection)
+        return F.linear(x, cast(weight, x), cast(bias, x))
+
+    def _drawn(self, layer: nn.Linear, parts: Parts | None, x: Tensor, rows: Rows) -> Tensor:
+        """One projection with what this pass draws."""
         if parts is None:
             return linear(layer, x)
-        if rows is None:
-            bias = layer.bias.mean(0) if self.own_biases else layer.bias
-            return F.linear(x, cast(parts.merged(layer.weight), x), cast(bias, x))
         draw = parts.draw(rows)
         bias = self._bias(layer, draw)
         if parts.axis is None:
             return grouped_linear(x, parts.weight(layer.weight, draw), bias)
         if draw.chosen is None:
-            return _per_group(F.linear(x, cast(layer.weight, x)), parts.slice_gains(draw)) + cast(bias, x)
+            return _per_group(F.linear(x, cast(layer.weight, x)), parts.slice_gains(draw)) + cast(bias[0], x)
         index, valid = parts.window(draw)
         weight = _narrowed(_rows_of(layer.weight, index), valid, draw)  # g length r
         return _scattered(grouped_linear(x, weight), index, cast(bias, x))
@@ -128,23 +131,32 @@ class SparseMLP(nn.Module):
             if parts.axis == 1:
                 owners = parts.owners
                 yield "down.weight", self.down.weight, owners.unsqueeze(1).expand_as(self.down.weight), parts.used
-                yield "down.bias", self.down.bias, owners, parts.used
+                yield "down.bias", self.down.get_parameter("bias"), owners, parts.used
             yield f"{name}.weight", layer.weight, parts.owner_map(layer.weight), parts.used
             if self.own_biases:
                 number = torch.arange(parts.rule.parts, dtype=torch.uint8, device=parts.owners.device)
-                yield f"{name}.bias", layer.bias, number.unsqueeze(1).expand_as(layer.bias), parts.used
+                yield f"{name}.bias", layer.get_parameter("bias"), number.unsqueeze(1).expand_as(layer.bias), parts.used
+
+    def hidden_units(self) -> HiddenUnits:
+        """What it computes in evaluation, for ``fold``."""
+        (down, down_bias), (up, up_bias) = self.merged("down"), self.merged("up")
+        return HiddenUnits(down, down_bias, up, up_bias, self.activation, self.norm)
+
+    def merged(self, projection: Projection) -> tuple[Tensor, Tensor]:
+        """Weight and bias of one projection as evaluation uses them."""
+        layer, parts = (self.down, self.down_parts) if projection == "down" else (self.up, self.up_parts)
+        if parts is None:
+            return layer.weight, layer.bias
+        return parts.merged(layer.weight), layer.bias.mean(0) if self.own_biases else layer.bias
 
     @torch.no_grad()
     def merged_into(self, plain: TwoLayerMLP) -> None:
         """Write what evaluation computes into a bottleneck's network of the same sizes."""
         if self.norm is not None and plain.norm is not None:
             plain.norm.load_state_dict(self.norm.state_dict())
-        for layer, parts, target in (
-            (self.down, self.down_parts, plain.down),
-            (self.up, self.up_parts, plain.up),
-        ):
-            target.weight.copy_(layer.weight if parts is None else parts.merged(layer.weight))
-            target.bias.copy_(layer.bias.mean(0) if layer.bias.dim() == 2 else layer.bias)
+        for layer, (weight, bias) in ((plain.down, self.merged("down")), (plain.up, self.merged("up"))):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -156,10 +168,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     if weight.shape[0] == 1:
         return F.linear(x, weight[0], None if bias is None else cast(bias[0], x))
     flat, transposed = x.reshape(weight.shape[0], -1, x.shape[-1]), weight.transpose(1, 2)
-    if bias is None:
-        y = torch.bmm(flat, transposed)
-    else:
-        y = torch.baddbmm(cast(bias, x).unsqueeze(1), flat, transposed)
+    y = torch.bmm(flat, transposed) if bias is None else torch.baddbmm(cast(bias, x).unsqueeze(1), flat, transposed)
     return y.view(*x.shape[:-1], weight.shape[1])
 
 

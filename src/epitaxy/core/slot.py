@@ -88,7 +88,7 @@ def input_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             call = with_first(call, edit.before(host, x))
             continue
         members = route.members(number, x.shape[0], x.device)
-        edit.rows(members, x.shape[0])
+        edit.rows(members)
         call = with_first(call, _put(x, members, edit.before(host, x[members])))
     return call
 
@@ -148,7 +148,7 @@ def _apply_routed(live: list[tuple[int, Edit]], route: Route, host: nn.Module, x
             if other == number and edit.needs_batch(host):
                 rows = edit.after(host, x, _put(y, members, rows))[members]
             elif other == number:
-                edit.rows(members, size)
+                edit.rows(members)
                 rows = edit.after(host, x[members], rows)
         parts.append((members, rows))
     if all(rows.shape[1:] == y.shape[1:] for _, rows in parts):

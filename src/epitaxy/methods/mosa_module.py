@@ -18,7 +18,7 @@ from epitaxy.core.edits.edit import cast, linear
 from epitaxy.core.hidden_units import HiddenUnits
 from epitaxy.methods.bottleneck import ACTIVATIONS, TwoLayerMLP, normalised
 from epitaxy.methods.draws import Clock
-from epitaxy.methods.parts import Draw, Parts, Rows
+from epitaxy.methods.parts import Draw, Parts
 
 BiasBy = Literal["shared", "parts"]
 Projection = Literal["down", "up"]
@@ -50,20 +50,14 @@ class SparseMLP(nn.Module):
         self.clock, self.down_parts, self.up_parts = clock, down_parts, up_parts
         self.noise, self.drop_path, self.drop_place = noise, drop_path, drop_place
         self.own_biases = bias == "parts"
-        self._rows: Rows | None = None
         for layer, parts in ((self.down, down_parts), (self.up, up_parts)):
             if parts is not None and self.own_biases:
                 layer.bias = nn.Parameter(layer.bias.detach().expand(parts.rule.parts, -1).clone())
             if parts is not None and parts.initial is not None:
                 layer.weight.data.copy_(parts.initial)
 
-    def rows(self, members: Tensor, size: int) -> None:
-        """Told, before a routed call, which rows of the batch it is about to see."""
-        self._rows = Rows(size, members)
-
     def forward(self, x: Tensor) -> Tensor:  # b ... d -> b ... d
-        rows, self._rows = self._rows or Rows(x.shape[0]), None
-        y = normalised(self.norm, x)
+        y, rows = normalised(self.norm, x), x.shape[0]
         if not self.training:
             return self._merged("up", self._active(self._merged("down", y)))
         if self.up_parts is not None and self.up_parts.axis == 1:
@@ -84,7 +78,7 @@ class SparseMLP(nn.Module):
         weight, bias = self.merged(projection)
         return F.linear(x, cast(weight, x), cast(bias, x))
 
-    def _drawn(self, layer: nn.Linear, parts: Parts | None, x: Tensor, rows: Rows) -> Tensor:
+    def _drawn(self, layer: nn.Linear, parts: Parts | None, x: Tensor, rows: int) -> Tensor:
         """One projection with what this pass draws."""
         if parts is None:
             return linear(layer, x)
@@ -98,7 +92,7 @@ class SparseMLP(nn.Module):
         weight = _narrowed(_rows_of(layer.weight, index), valid, draw)  # g length r
         return _scattered(grouped_linear(x, weight), index, cast(bias, x))
 
-    def _units(self, parts: Parts, x: Tensor, rows: Rows) -> Tensor:
+    def _units(self, parts: Parts, x: Tensor, rows: int) -> Tensor:
         """The hidden units of one slice, or all of them with gains."""
         draw = parts.draw(rows)
         bias = self._bias(self.up, draw)
@@ -116,10 +110,9 @@ class SparseMLP(nn.Module):
             return layer.bias[draw.chosen]
         return layer.bias.unsqueeze(0)
 
-    def _kept(self, rows: Rows, y: Tensor) -> Tensor:
+    def _kept(self, rows: int, y: Tensor) -> Tensor:
         """0 or ``1 / (1 - drop_path)`` for each row, in the shape that multiplies ``y``."""
-        drawn = self.clock.uniform(self.drop_place, rows.size, alike=True)
-        drawn = drawn if rows.members is None else drawn[rows.members]
+        drawn = self.clock.uniform(self.drop_place, rows, alike=True)
         kept = (drawn >= self.drop_path).to(y.dtype) / (1 - self.drop_path)
         return kept.view(-1, *(1,) * (y.dim() - 1))
 
@@ -130,9 +123,14 @@ class SparseMLP(nn.Module):
                 continue
             if parts.axis == 1:
                 owners = parts.owners
-                yield "down.weight", self.down.weight, owners.unsqueeze(1).expand_as(self.down.weight), parts.used
+                yield (
+                    "down.weight",
+                    self.down.get_parameter("weight"),
+                    owners.unsqueeze(1).expand_as(self.down.weight),
+                    parts.used,
+                )
                 yield "down.bias", self.down.get_parameter("bias"), owners, parts.used
-            yield f"{name}.weight", layer.weight, parts.owner_map(layer.weight), parts.used
+            yield f"{name}.weight", layer.get_parameter("weight"), parts.owner_map(layer.weight), parts.used
             if self.own_biases:
                 number = torch.arange(parts.rule.parts, dtype=torch.uint8, device=parts.owners.device)
                 yield f"{name}.bias", layer.get_parameter("bias"), number.unsqueeze(1).expand_as(layer.bias), parts.used

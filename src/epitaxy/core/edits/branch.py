@@ -27,8 +27,7 @@ class Branch(Edit):
     ``writes="both"`` adds the result to the host's output too.  ``residual`` adds what the module reads to its result.
     ``scale="learned"`` trains one number that starts at 1, kept as ``scale`` of shape (1,).  ``module`` maps ``...
     width_in`` to ``... width``; one that starts at zero gives an identity start.  ``taps`` are pieces without
-    parameters on other modules, as (path, edit), that the module needs.  A module with a method ``rows(members, size)``
-    is told before a routed call which rows it will see.
+    parameters on other modules, as (path, edit), that the module needs.
     """
 
     def __init__(
@@ -79,11 +78,8 @@ class Branch(Edit):
             self.memo = Memo()
             yield entry, Tap(self.memo, reads="input")
 
-    def rows(self, members: Tensor, size: int) -> None:
+    def rows(self, members: Tensor) -> None:
         self._members = members
-        tell = getattr(self.module, "rows", None)
-        if callable(tell):
-            tell(members, size)
 
     def before(self, host: nn.Module, x: Tensor) -> Tensor:
         change = self._result(x).to(x.dtype)

@@ -61,7 +61,7 @@ class Delta(Edit):
         """Use these tensors instead of the parameters until ``bind(None)``."""
         self._bound = None if down is None or up is None else (down, up)
 
-    def rows(self, members: Tensor, size: int) -> None:
+    def rows(self, members: Tensor) -> None:
         self._members = members
 
     def factors(self) -> tuple[Tensor, Tensor]:

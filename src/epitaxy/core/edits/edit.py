@@ -47,8 +47,8 @@ class Edit(nn.Module):
         """Return the new output of the host, given its input ``x`` and output ``y``."""
         return y
 
-    def rows(self, members: Tensor, size: int) -> None:
-        """Told, before a routed call, which of the ``size`` rows of the batch this edit is about to see."""
+    def rows(self, members: Tensor) -> None:
+        """Told, before a routed call, which rows of the batch this edit is about to see."""
 
     def needs_batch(self, host: nn.Module) -> bool:
         """Whether a row's change depends on the other rows of the batch: a routed call then shows it all of them."""

@@ -116,7 +116,7 @@ class PooledHead(Edit):
             yield blocks[-1].path, PaddingTap(padding)
         yield anatomy.last, Pool(self, padding, anatomy.special)
 
-    def rows(self, members: Tensor, size: int) -> None:
+    def rows(self, members: Tensor) -> None:
         self._members = members
 
     def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:

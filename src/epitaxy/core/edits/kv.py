@@ -175,7 +175,7 @@ class DecoupledKV(Edit):
         yield site.part_paths["output"], self
         yield query, Tap(self.memo, reads="output")
 
-    def rows(self, members: Tensor, size: int) -> None:
+    def rows(self, members: Tensor) -> None:
         self._members = members
 
     def before(self, host: nn.Module, x: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ _PUBLIC = {
     "Head": "epitaxy.methods.head",
     "LoRA": "epitaxy.methods.lora",
     "MoSA": "epitaxy.methods.mosa",
+    "MoSALoRA": "epitaxy.methods.mosa_lora",
     "NormTuning": "epitaxy.methods.norm_tuning",
     "Prefix": "epitaxy.methods.prefix",
     "Prompt": "epitaxy.methods.prompt",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from epitaxy.methods.head import Head as Head
     from epitaxy.methods.lora import LoRA as LoRA
     from epitaxy.methods.mosa import MoSA as MoSA
+    from epitaxy.methods.mosa_lora import MoSALoRA as MoSALoRA
     from epitaxy.methods.norm_tuning import NormTuning as NormTuning
     from epitaxy.methods.prefix import Prefix as Prefix
     from epitaxy.methods.prompt import Prompt as Prompt

@@ -18,6 +18,7 @@ from epitaxy import (
     Head,
     LoRA,
     MoSA,
+    MoSALoRA,
     NormTuning,
     Prefix,
     Prompt,
@@ -114,6 +115,19 @@ WRITTEN = (
         "mosa_both",
         "MoSA, both projections, biases of parts, drawn by row",
         lambda family: MoSA(bottleneck=6, dropout=0.0, split="both", bias="parts", draw="row"),
+    ),
+    Variant("mosa_lora", "MoSA on LoRA", lambda family: MoSALoRA(rank=4)),
+    Variant(
+        "mosa_lora_both",
+        "MoSA on LoRA, both factors, every linear map, drawn by row",
+        lambda family: MoSALoRA(at="linear", rank=4, parts=2, split="both", draw="row"),
+    ),
+    Variant(
+        "mosa_lora_ranks",
+        "MoSA on LoRA, rank-one experts",
+        lambda family: MoSALoRA(
+            rank=4, partition="rank_slice", active="bernoulli", keep=0.7, coefficients=True, dropout=0.0
+        ),
     ),
     Variant("conformer", "Conformer", lambda family: Conformer(bottleneck=4, kernel=4)),
     Variant(

@@ -18,14 +18,13 @@ from epitaxy.core.errors import EpitaxyError, expect_dropout, expect_one_of
 from epitaxy.core.registry import declare, method
 from epitaxy.core.sites import Site
 from epitaxy.methods.bottleneck import ACTIVATIONS, Activation, Bottleneck, Norm, TwoLayerMLP
-from epitaxy.methods.draws import Clock, Ticker, place_of
-from epitaxy.methods.mosa_module import BiasBy, Projection, SparseMLP
-from epitaxy.methods.partition import MOST, Partition, owners_of, random_kaiming, random_scores
-from epitaxy.methods.parts import Active, DrawBy, MergeBy, Parts, Rule
+from epitaxy.methods.cutting import Cutting, Split, ticker_for
+from epitaxy.methods.draws import Clock, place_of
+from epitaxy.methods.mosa_module import BiasBy, SparseMLP
+from epitaxy.methods.partition import Partition
+from epitaxy.methods.parts import Active, DrawBy, MergeBy, Rule
 
-Split = Literal["up", "down", "both"]
 Balance = Literal["count", "saliency"]
-SLICES = ("out_slice", "rank_slice")
 
 
 @method("mosa", cannot={"merge": "a bottleneck is not linear, no weight can hold it"})
@@ -73,7 +72,13 @@ class MoSA:
         expect_one_of("activation", self.activation, ACTIVATIONS)
         expect_one_of("norm", self.norm, get_args(Norm))
         expect_one_of("bias", self.bias, get_args(BiasBy))
-        check_parts(self)
+        expect_one_of("balance", self.balance, get_args(Balance))
+        self.cutting  # noqa: B018  (checks its fields)
+        if self.balance == "saliency" and (self.partition, self.split) != ("element", "up"):
+            raise EpitaxyError(
+                "balance: 'saliency' needs partition='element' and split='up', because only the elements of `up` have "
+                f"a gradient before training, found {self.partition!r} and {self.split!r}"
+            )
         if self.bias == "parts" and self.active != "one":
             raise EpitaxyError("bias: 'parts' needs active='one', because several active parts share one bias")
         if not (math.isfinite(self.noise) and self.noise >= 0):
@@ -91,9 +96,10 @@ class MoSA:
         return Insertion(self.order, self.residual, self.reads)
 
     @property
-    def rule(self) -> Rule:
-        """How parts take part."""
-        return rule_of(self)
+    def cutting(self) -> Cutting:
+        """How its projections are cut; raises ``EpitaxyError`` naming a field that is wrong."""
+        rule = Rule(self.parts, self.draw, self.active, self.keep, self.coefficients, self.merge)
+        return Cutting(rule, self.split, self.partition, self.seed, stored=self.balance == "saliency")
 
     @property
     def plain(self) -> Bottleneck:
@@ -173,64 +179,11 @@ class MoSA:
         module = SparseMLP(
             plain,
             clock,
-            parts_for(self, clock, site, "down", (hidden, width_in)),
-            parts_for(self, clock, site, "up", (width, hidden)),
+            self.cutting.parts(clock, site, "down", (hidden, width_in)),
+            self.cutting.parts(clock, site, "up", (width, hidden)),
             self.bias,
             self.noise,
             self.drop_path,
             place_of(site.key, "drop_path"),
         )
         yield self.insertion.branch(module, self.scale, taps=ticker_for(site, clock))
-
-
-def check_parts(config: MoSA) -> None:
-    """Raise ``EpitaxyError`` naming a field about parts that is wrong, or two that do not go together."""
-    if not 1 <= config.parts <= MOST:
-        raise EpitaxyError(f"parts must be from 1 to {MOST}, got {config.parts}")
-    for name, known in (
-        ("split", Split),
-        ("partition", Partition),
-        ("draw", DrawBy),
-        ("active", Active),
-        ("merge", MergeBy),
-        ("balance", Balance),
-    ):
-        expect_one_of(name, getattr(config, name), get_args(known))
-    if not 0 < config.keep <= 1:
-        raise EpitaxyError(f"keep must be above 0 and at most 1, got {config.keep}")
-    if config.partition in SLICES and config.split != "up":
-        raise EpitaxyError(
-            f"partition: {config.partition!r} needs split='up', found {config.split!r}: what a split `down` starts "
-            "from is dense, so that no slice of it could be left out"
-        )
-    if config.merge == "union" and config.active != "one":
-        raise EpitaxyError("merge: 'union' needs active='one', because several active parts merge to all of them")
-    if config.balance == "saliency" and (config.partition, config.split) != ("element", "up"):
-        raise EpitaxyError(
-            "balance: 'saliency' needs partition='element' and split='up', because only the elements of `up` have a "
-            f"gradient before training, found {config.partition!r} and {config.split!r}"
-        )
-
-
-def rule_of(config: MoSA) -> Rule:
-    """How the parts of a method take part."""
-    return Rule(config.parts, config.draw, config.active, config.keep, config.coefficients, config.merge)
-
-
-def parts_for(config: MoSA, clock: Clock, site: Site, projection: Projection, shape: tuple[int, ...]) -> Parts | None:
-    """The parts of one projection (out, in, ...) at ``site``; None where it is not split, or split into one."""
-    rule = rule_of(config)
-    if rule.plain or config.split not in (projection, "both"):
-        return None
-    place = place_of(site.key, projection)
-    if config.partition in SLICES:
-        axis = 0 if config.partition == "out_slice" else 1
-        return Parts.slices(rule, clock, place, shape[axis], axis)
-    owners = owners_of(random_scores(config.seed, f"{site.key}/{projection}", shape), config.parts, config.partition)
-    initial = random_kaiming(config.seed, f"{site.key}/{projection}/start", shape) if projection == "down" else None
-    return Parts(rule, clock, place, owners, initial, stored=config.balance == "saliency")
-
-
-def ticker_for(site: Site, clock: Clock) -> list[tuple[str, Edit]]:
-    """What moves the clock, once for each adapter: a tap on the model itself."""
-    return [("", Ticker(clock))] if site.index == 0 else []

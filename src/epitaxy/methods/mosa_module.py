@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from epitaxy.core.edits.edit import cast, linear
 from epitaxy.core.hidden_units import HiddenUnits
 from epitaxy.methods.bottleneck import ACTIVATIONS, TwoLayerMLP, normalised
+from epitaxy.methods.cutting import Projection
 from epitaxy.methods.draws import Clock
 from epitaxy.methods.parts import Draw, Parts
 
 BiasBy = Literal["shared", "parts"]
-Projection = Literal["down", "up"]
 
 
 class SparseMLP(nn.Module):

@@ -24,7 +24,7 @@ def has_parts(method: object) -> bool:
 
 
 def merge_parts(model: nn.Module, name: str | None = None) -> Adapter:
-    """Replace the adapter ``name`` (default: the only one) by a plain one that gives the outputs it gives in evaluation.
+    """Replace an adapter (default: the only one) by a plain one with the outputs that it has in evaluation.
 
     MoSA becomes a bottleneck adapter, MoSA on LoRA a LoRA, of the same sizes; other methods of a composition stay as
     they are.  The name, what is active and trainable, and the provenance are kept.  Raises ``UnsupportedError`` for an

@@ -108,6 +108,7 @@ class Ticker(Edit):
     """Sits on the model itself and moves its adapter's clock at every forward pass in training."""
 
     rowwise = False
+    inert = True
     acts_before = True
     acts_after = False
 

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epitaxy.core.edits.edit import cast, linear
+from epitaxy.core.hidden_units import HiddenUnits
 from epitaxy.methods.bottleneck import ACTIVATIONS, TwoLayerMLP, normalised
+from epitaxy.methods.cutting import Projection
 from epitaxy.methods.draws import Clock
-from epitaxy.methods.parts import Draw, Parts, Rows
+from epitaxy.methods.parts import Draw, Parts
 
 BiasBy = Literal["shared", "parts"]
 
@@ -48,27 +50,21 @@ class SparseMLP(nn.Module):
         self.clock, self.down_parts, self.up_parts = clock, down_parts, up_parts
         self.noise, self.drop_path, self.drop_place = noise, drop_path, drop_place
         self.own_biases = bias == "parts"
-        self._rows: Rows | None = None
         for layer, parts in ((self.down, down_parts), (self.up, up_parts)):
             if parts is not None and self.own_biases:
                 layer.bias = nn.Parameter(layer.bias.detach().expand(parts.rule.parts, -1).clone())
             if parts is not None and parts.initial is not None:
                 layer.weight.data.copy_(parts.initial)
 
-    def rows(self, members: Tensor, size: int) -> None:
-        """Told, before a routed call, which rows of the batch it is about to see."""
-        self._rows = Rows(size, members)
-
     def forward(self, x: Tensor) -> Tensor:  # b ... d -> b ... d
-        rows, self._rows = self._rows or Rows(x.shape[0]), None
-        y = normalised(self.norm, x)
+        y, rows = normalised(self.norm, x), x.shape[0]
         if not self.training:
-            return self._mapped(self.up, self.up_parts, self._active(self._mapped(self.down, self.down_parts, y)))
+            return self._merged("up", self._active(self._merged("down", y)))
         if self.up_parts is not None and self.up_parts.axis == 1:
             y = self._units(self.up_parts, y, rows)
         else:
-            low = self._active(self._mapped(self.down, self.down_parts, y, rows))
-            y = self._mapped(self.up, self.up_parts, low, rows)
+            low = self._active(self._drawn(self.down, self.down_parts, y, rows))
+            y = self._drawn(self.up, self.up_parts, low, rows)
         if self.noise:
             y = y * (1 + self.noise * torch.randn_like(y))
         if self.drop_path:
@@ -78,24 +74,25 @@ class SparseMLP(nn.Module):
     def _active(self, low: Tensor) -> Tensor:
         return F.dropout(ACTIVATIONS[self.activation](low), self.dropout, self.training)
 
-    def _mapped(self, layer: nn.Linear, parts: Parts | None, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """One projection; without ``rows`` its parts are merged."""
+    def _merged(self, projection: Projection, x: Tensor) -> Tensor:
+        weight, bias = self.merged(projection)
+        return F.linear(x, cast(weight, x), cast(bias, x))
+
+    def _drawn(self, layer: nn.Linear, parts: Parts | None, x: Tensor, rows: int) -> Tensor:
+        """One projection with what this pass draws."""
         if parts is None:
             return linear(layer, x)
-        if rows is None:
-            bias = layer.bias.mean(0) if self.own_biases else layer.bias
-            return F.linear(x, cast(parts.merged(layer.weight), x), cast(bias, x))
         draw = parts.draw(rows)
         bias = self._bias(layer, draw)
         if parts.axis is None:
             return grouped_linear(x, parts.weight(layer.weight, draw), bias)
         if draw.chosen is None:
-            return _per_group(F.linear(x, cast(layer.weight, x)), parts.slice_gains(draw)) + cast(bias, x)
+            return _per_group(F.linear(x, cast(layer.weight, x)), parts.slice_gains(draw)) + cast(bias[0], x)
         index, valid = parts.window(draw)
         weight = _narrowed(_rows_of(layer.weight, index), valid, draw)  # g length r
         return _scattered(grouped_linear(x, weight), index, cast(bias, x))
 
-    def _units(self, parts: Parts, x: Tensor, rows: Rows) -> Tensor:
+    def _units(self, parts: Parts, x: Tensor, rows: int) -> Tensor:
         """The hidden units of one slice, or all of them with gains."""
         draw = parts.draw(rows)
         bias = self._bias(self.up, draw)
@@ -113,10 +110,9 @@ class SparseMLP(nn.Module):
             return layer.bias[draw.chosen]
         return layer.bias.unsqueeze(0)
 
-    def _kept(self, rows: Rows, y: Tensor) -> Tensor:
+    def _kept(self, rows: int, y: Tensor) -> Tensor:
         """0 or ``1 / (1 - drop_path)`` for each row, in the shape that multiplies ``y``."""
-        drawn = self.clock.uniform(self.drop_place, rows.size, alike=True)
-        drawn = drawn if rows.members is None else drawn[rows.members]
+        drawn = self.clock.uniform(self.drop_place, rows, alike=True)
         kept = (drawn >= self.drop_path).to(y.dtype) / (1 - self.drop_path)
         return kept.view(-1, *(1,) * (y.dim() - 1))
 
@@ -127,24 +123,38 @@ class SparseMLP(nn.Module):
                 continue
             if parts.axis == 1:
                 owners = parts.owners
-                yield "down.weight", self.down.weight, owners.unsqueeze(1).expand_as(self.down.weight), parts.used
-                yield "down.bias", self.down.bias, owners, parts.used
-            yield f"{name}.weight", layer.weight, parts.owner_map(layer.weight), parts.used
+                yield (
+                    "down.weight",
+                    self.down.get_parameter("weight"),
+                    owners.unsqueeze(1).expand_as(self.down.weight),
+                    parts.used,
+                )
+                yield "down.bias", self.down.get_parameter("bias"), owners, parts.used
+            yield f"{name}.weight", layer.get_parameter("weight"), parts.owner_map(layer.weight), parts.used
             if self.own_biases:
                 number = torch.arange(parts.rule.parts, dtype=torch.uint8, device=parts.owners.device)
-                yield f"{name}.bias", layer.bias, number.unsqueeze(1).expand_as(layer.bias), parts.used
+                yield f"{name}.bias", layer.get_parameter("bias"), number.unsqueeze(1).expand_as(layer.bias), parts.used
+
+    def hidden_units(self) -> HiddenUnits:
+        """What it computes in evaluation, for ``fold``."""
+        (down, down_bias), (up, up_bias) = self.merged("down"), self.merged("up")
+        return HiddenUnits(down, down_bias, up, up_bias, self.activation, self.norm)
+
+    def merged(self, projection: Projection) -> tuple[Tensor, Tensor]:
+        """Weight and bias of one projection as evaluation uses them."""
+        layer, parts = (self.down, self.down_parts) if projection == "down" else (self.up, self.up_parts)
+        if parts is None:
+            return layer.weight, layer.bias
+        return parts.merged(layer.weight), layer.bias.mean(0) if self.own_biases else layer.bias
 
     @torch.no_grad()
     def merged_into(self, plain: TwoLayerMLP) -> None:
         """Write what evaluation computes into a bottleneck's network of the same sizes."""
         if self.norm is not None and plain.norm is not None:
             plain.norm.load_state_dict(self.norm.state_dict())
-        for layer, parts, target in (
-            (self.down, self.down_parts, plain.down),
-            (self.up, self.up_parts, plain.up),
-        ):
-            target.weight.copy_(layer.weight if parts is None else parts.merged(layer.weight))
-            target.bias.copy_(layer.bias.mean(0) if layer.bias.dim() == 2 else layer.bias)
+        for layer, (weight, bias) in ((plain.down, self.merged("down")), (plain.up, self.merged("up"))):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -156,10 +166,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     if weight.shape[0] == 1:
         return F.linear(x, weight[0], None if bias is None else cast(bias[0], x))
     flat, transposed = x.reshape(weight.shape[0], -1, x.shape[-1]), weight.transpose(1, 2)
-    if bias is None:
-        y = torch.bmm(flat, transposed)
-    else:
-        y = torch.baddbmm(cast(bias, x).unsqueeze(1), flat, transposed)
+    y = torch.bmm(flat, transposed) if bias is None else torch.baddbmm(cast(bias, x).unsqueeze(1), flat, transposed)
     return y.view(*x.shape[:-1], weight.shape[1])
 
 

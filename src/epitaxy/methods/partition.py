@@ -1,7 +1,7 @@
 """Partitions: every element of a tensor belongs to exactly one of N parts.
 
-MoSA (2312.02923) cuts a projection by ranks of random scores; here ranks are those of a stable sort of integers, so that
-no element has two owners and none is without.  Part ``i`` of ``n`` ranks owns ``[floor(i n / N), floor((i+1) n / N))``.
+MoSA (2312.02923) cuts a projection by ranks of random scores; here ranks are those of a stable sort of integers, so
+that no element has two owners and none is without.  Part ``i`` owns the ranks ``[floor(i n / N), floor((i+1) n / N))``.
 
 Scores and initial values come from Philox (Salmon et al., SC 2011) keyed by the seed and the place: a counter-based
 generator whose raw words are the same on every machine, so an adapter's file need not hold what they determine.
@@ -64,7 +64,7 @@ def slice_owners(size: int, parts: int) -> Tensor:
 def balanced_owners(saliency: Tensor, parts: int) -> Tensor:
     """Owners, uint8 of the shape of ``saliency``, such that every part holds the same total of it.
 
-    Elements are dealt in descending order, to and fro: totals differ by at most the largest single value, counts by one.
+    Elements are dealt in descending order, to and fro: totals differ by at most the largest value, counts by one.
     Raises ``SiteError`` for more parts than elements, and where a value is negative, NaN or infinite.
     """
     flat = saliency.detach().double().flatten().cpu()
@@ -84,7 +84,7 @@ def random_scores(seed: int, place: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def random_kaiming(seed: int, place: str, shape: tuple[int, ...]) -> Tensor:
-    """The start of a weight (out, in, ...): uniform within ``1 / sqrt(in)``, as Kaiming with ``a = sqrt(5)``; float32."""
+    """The start of a weight (out, in, ...), float32: uniform within ``1 / sqrt(in)``, Kaiming with ``a = sqrt(5)``."""
     words = _words(seed, place, math.prod(shape)) >> np.uint64(11)
     unit = words.astype(np.float64) * 2.0**-52 - 1.0  # in [-1, 1)
     return torch.from_numpy((unit / math.sqrt(math.prod(shape[1:]))).astype(np.float32)).view(shape)

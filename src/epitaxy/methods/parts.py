@@ -8,7 +8,6 @@ coefficient for each part are the mixture of low-rank experts of MLAE (2024).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,14 +38,6 @@ class Rule:
     def plain(self) -> bool:
         """Whether a single part makes no difference to an undivided tensor."""
         return self.parts == 1 and self.active == "one" and not self.coefficients
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows that a module sees: all ``size`` of its host's, or in a routed batch those at ``members``."""
-
-    size: int
-    members: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,18 +104,19 @@ class Parts(nn.Module):
         self.register_buffer("begin", begin, persistent=False)
         self.register_buffer("valid", None if bool(valid.all()) else valid, persistent=False)
 
-    def draw(self, rows: Rows) -> Draw:
-        """What is active in this pass.  Raises ``EpitaxyError`` where the rows are no whole number of passes."""
-        rule, passes, by_row = self.rule, self.clock.passes, self.rule.draw == "row"
-        if rows.size % passes:
-            raise EpitaxyError(f"a batch of {rows.size} rows cannot hold {passes} passes of one size")
-        numbered = rows.size if by_row else None
+    def draw(self, rows: int) -> Draw:
+        """What is active in this pass of ``rows`` rows: those the module sees, in a routed batch the adapter's own.
+
+        Raises ``EpitaxyError`` where they are no whole number of passes.
+        """
+        rule, passes = self.rule, self.clock.passes
+        if rows % passes:
+            raise EpitaxyError(f"a batch of {rows} rows cannot hold {passes} passes of one size")
+        numbered = rows if rule.draw == "row" else None
         if rule.active == "one":
             drawn = self.clock.choose(rule.parts, self.place, numbered)
         else:
             drawn = self.clock.uniform(self.place, numbered, count=rule.parts) < rule.keep
-        if rows.members is not None and (by_row or passes > 1):
-            drawn = drawn[rows.members if by_row else rows.members // (rows.size // passes)]
         if rule.active == "one":
             if torch.is_grad_enabled():
                 self.used[drawn] = True
@@ -186,8 +178,3 @@ class Parts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.rule.parts} parts, {self.rule.active} active by {self.rule.draw}"
-
-
-def parts_in(module: nn.Module) -> Iterator[Parts]:
-    """Every ``Parts`` inside ``module``."""
-    return (inner for inner in module.modules() if isinstance(inner, Parts))

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from epitaxy.core.errors import EpitaxyError
+from epitaxy.data.spec import FINAL, SELECT
 from epitaxy.train.recipe import Recipe, RecipeError
 from epitaxy.train.recipe_files import with_keys
 from epitaxy.train.run_directory import TRIAL
 from epitaxy.train.session import is_better
 from epitaxy.train.trial import read_trial
 
-FINAL, SELECT = "final", "select"  # protocols: all examples train, or some of them validate
 FIXED = ("name", "out", "samples", "data", "train.seed", "train.metric")  # what no validation score can choose
 PREPARATION = ("data.image.", "data.audio.")  # but these are settings of the input
 

@@ -59,6 +59,11 @@ WRITTEN = (
     Variant("bottleneck_parallel", "Bottleneck, parallel", lambda family: Bottleneck.parallel(12)),
     Variant("bottleneck_houlsby", "Bottleneck, Houlsby", lambda family: Bottleneck.houlsby(12)),
     Variant("bottleneck_pfeiffer", "Bottleneck, Pfeiffer", lambda family: Bottleneck.pfeiffer(12)),
+    Variant(
+        "bottleneck_adaptformer",
+        "Bottleneck, AdaptFormer, learned scale",
+        lambda family: Bottleneck.adaptformer(12, scale="learned", dropout=0.0),
+    ),
     Variant("dense_moa", "Dense-MoA", lambda family: DenseMoA(experts=3, bottleneck=4)),
     Variant(
         "dense_moa_convpass",

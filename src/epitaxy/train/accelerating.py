@@ -68,7 +68,7 @@ def prepared(
     before = set(model.__dict__)
     try:
         wrapped: nn.Module = accelerator.prepare(model)
-        with training_modes(model, adapter, base_mode):
+        with training_modes(model, [] if adapter is None else [adapter], base_mode):
             yield wrapped
     finally:
         for name in PATCHED:

@@ -140,13 +140,14 @@ class MoSA:
 
     @classmethod
     def houlsby(cls, bottleneck: int = 64, parts: int = 4, partition: Partition = "element", seed: int = 0) -> MoSA:
-        """After attention and after the feed-forward, with SiLU."""
+        """Added to the residual stream after attention and after the feed-forward, with SiLU."""
         return cls(
             at=("attention", "mlp"),
             bottleneck=bottleneck,
             parts=parts,
             partition=partition,
             order="sequential",
+            reads="stream",
             activation="silu",
             scale=1.0,
             dropout=0.0,

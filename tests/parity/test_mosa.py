@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def vit(dtype: torch.dtype) -> nn.Module:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = transformers.ViTModel(config)
+    model = transformers.ViTModel(config).to(dtype)
     base = golden("vit_block")
     names = {
         "q": "attention.q_proj",
@@ -74,7 +75,7 @@ def vit(dtype: torch.dtype) -> nn.Module:
         for theirs, ours in names.items():
             for leaf in ("weight", "bias"):
                 model.layers[0].get_parameter(f"{ours}.{leaf}").copy_(base[f"base.{theirs}.{leaf}"])
-    return model.to(dtype)
+    return model
 
 
 def attached(model: nn.Module, method: MoSA, dtype: torch.dtype) -> list[SparseMLP]:
@@ -223,8 +224,6 @@ STYLES: dict[str, tuple[MoSA, tuple[dict[str, int], ...]]] = {
 @precisions
 def test_whole_blocks(style: str, dtype: torch.dtype) -> None:
     """A block of a ViT of transformers with the preset of each style: output, gradients of its input and weights."""
-    from dataclasses import replace
-
     file, (method, draws) = golden("vit_block"), STYLES[style]
     split: Any = {1: next(iter(draws[0])), 2: "both"}[len(draws[0])]
     model = vit(dtype)

@@ -30,6 +30,7 @@ from epitaxy.core.sites import Site
 
 Order = Literal["parallel", "sequential", "before"]
 Reads = Literal["sublayer", "stream"]
+NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,13 @@ class Insertion:
                 f"{pattern} needs input and output of one width at {site.path!r}, found {width_in} and {width}"
             )
         return width_in
+
+    def norm_eps(self, site: Site) -> float:
+        """The eps of a layer norm in front of the branch: that of the model's own norm on the same stream, else 1e-6.
+
+        With one eps, both normalise alike and the branch can be folded (``core/fold.py``).
+        """
+        return site.stream_eps if self.reads == "stream" and site.stream_eps is not None else NORM_EPS
 
     def branch(self, module: nn.Module, scale: Scale = 1.0, taps: Sequence[tuple[str, Edit]] = ()) -> Branch:
         """The edit that inserts ``module``."""

@@ -176,7 +176,8 @@ class MoSA:
     def edits(self, site: Site, clock: Clock) -> Iterator[Edit]:
         hidden = self.bottleneck if self.reduction is None else site.reduced(self.reduction)
         width_in, width = self.insertion.width_in(site), site.require_width()
-        plain = TwoLayerMLP(width_in, hidden, width, self.activation, self.dropout, norm=self.norm)
+        eps = self.insertion.norm_eps(site)
+        plain = TwoLayerMLP(width_in, hidden, width, self.activation, self.dropout, norm=self.norm, norm_eps=eps)
         module = SparseMLP(
             plain,
             clock,

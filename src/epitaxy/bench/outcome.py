@@ -153,11 +153,12 @@ def lines(grid: Grid, outcomes: Sequence[Outcome]) -> tuple[list[str], list[list
     return ["", *columns], [[row, *(shown(at.get((row, column))) for column in columns)] for row in rows]
 
 
-def markdown(grid: Grid, outcomes: Sequence[Outcome], failures: Mapping[str, str]) -> str:
-    """The table as a page of Markdown."""
+def markdown(grid: Grid, outcomes: Sequence[Outcome], failures: Mapping[str, str], further: Sequence[str] = ()) -> str:
+    """The table as a page of Markdown, with ``further`` parts below it."""
     columns, rows = lines(grid, outcomes)
     names = ["method", *columns[1:]]
     parts = [f"# {grid.title}", legend(outcomes), table([dict(zip(names, row, strict=True)) for row in rows])]
+    parts += further
     if failures:
         parts.append("Failed:\n\n" + "\n".join(f"- {run}: {reason}" for run, reason in failures.items()))
     parts += list(grid.notes)

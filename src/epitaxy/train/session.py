@@ -41,6 +41,10 @@ class Standing:
     skipped_in_a_row: int = 0
 
 
+class DivergenceError(EpitaxyError):
+    """Training went astray: the loss or the parameters are no finite numbers any more."""
+
+
 class Session:
     """The moving parts of one call of ``train``; every process of a distributed run has its own."""
 
@@ -186,7 +190,7 @@ class Session:
 
     def _require_finite(self, holds: bool, fault: str) -> None:
         if not holds:
-            raise EpitaxyError(
+            raise DivergenceError(
                 f"step {self.standing.step}: {fault}; lower train.learning_rate ({self.config.learning_rate}), "
                 "lengthen train.warmup or lower train.clip"
             )

@@ -46,7 +46,14 @@ def trial(recipe: Recipe, splits: Splits | None = None, progress: bool = True) -
             parts = (ready.splits.train, ready.splits.validation)
             try:
                 trained = train(
-                    ready.opened.model, ready.adapter, ready.task, *parts, recipe.train, out, progress=progress
+                    ready.opened.model,
+                    ready.adapter,
+                    ready.task,
+                    *parts,
+                    recipe.train,
+                    out,
+                    recipe.objective,
+                    progress=progress,
                 )
                 found = _found(recipe, trained)
             except DivergenceError as error:

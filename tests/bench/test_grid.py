@@ -116,6 +116,7 @@ def test_only_and_scoped_overrides(grid: Path) -> None:
         ("  LoRA:\n", "  probe: {}\n  LoRA:\n", r"rows: 'Probe' cannot name a directory of its own"),
         ("average: true", "metric: UA", r"metric: no metric is called 'UA'; did you mean 'unweighted_accuracy'"),
         ("curve: Digits, at: 4", "also: [WA]", r"columns.four: no metric is called 'WA'; did you mean 'accuracy'"),
+        ("average: true", "compare_with: Prob", r"compare_with: no row is called 'Prob'; did you mean 'Probe'"),
         ("rows:\n", "lines:\n", r"not a grid: expected the keys recipe, rows and columns"),
     ],
 )

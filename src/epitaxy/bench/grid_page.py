@@ -9,7 +9,8 @@ from typing import Any
 from markupsafe import Markup
 
 from epitaxy.bench.grid import Grid, slug
-from epitaxy.bench.outcome import Outcome, averages, legend
+from epitaxy.bench.outcome import CHOSEN, CHOSEN_COLUMNS, Outcome, averages, chosen_lines, legend
+from epitaxy.bench.paired import caption, difference_tables
 from epitaxy.core.storage import write_atomically
 from epitaxy.report import build_comparison
 from epitaxy.report.charts import Mark, Series, line_chart, point_chart
@@ -39,6 +40,10 @@ def build_page(
             (name, _sizes(name, outcomes)) for name in columns if name in grid.columns and _finished(name, outcomes)
         ],
         runs=[(one, [(run, _link(run, out)) for run in one.runs]) for one in outcomes],
+        differences=[(caption(against), names, lines) for against, names, lines in difference_tables(grid, outcomes)],
+        chosen=chosen_lines(outcomes),
+        chosen_legend=CHOSEN,
+        chosen_columns=CHOSEN_COLUMNS,
         failures=failures,
         notes=grid.notes,
     )

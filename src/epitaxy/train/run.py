@@ -80,9 +80,8 @@ def run(recipe: Recipe, splits: Splits | None = None, progress: bool = True) -> 
 
 def _train(recipe: Recipe, ready: Prepared, out: Path, progress: bool) -> TrainResult:
     model, splits = ready.opened.model, ready.splits
-    return train(
-        model, ready.adapter, ready.task, splits.train, splits.validation, recipe.train, out, progress=progress
-    )
+    data = (splits.train, splits.validation)
+    return train(model, ready.adapter, ready.task, *data, recipe.train, out, recipe.objective, progress=progress)
 
 
 def _finish(recipe: Recipe, ready: Prepared, trained: TrainResult, out: Path, began: float) -> None:
@@ -160,7 +159,9 @@ def _result(recipe: Recipe, ready: Prepared, trained: TrainResult, tested: Metri
         "seed": recipe.train.seed,
         "test": tested.scalars(),
         "validation": {"metric": recipe.train.metric, "best": trained.best_metric, "step": trained.best_step},
+        "objective": None if recipe.objective is None else str(recipe.objective),
         "steps": trained.steps,
+        "skipped_steps": trained.skipped_steps,
         "stopped_early": trained.stopped_early,
         "trained_parameters": trained.trained_parameters,
         "stored_parameters": base if adapter is None else sum(t.numel() for t in adapter.tensors().values()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def test_bounds_cover_without_gaps() -> None:
             edges = bounds(size, parts)
             assert edges[0] == 0
             assert edges[-1] == size
-            assert {high - low for low, high in zip(edges, edges[1:], strict=False)} <= {
+            assert {high - low for low, high in itertools.pairwise(edges)} <= {
                 size // parts,
                 -(-size // parts),
             }

@@ -139,4 +139,4 @@ class Scripted:
     def evaluate(self, model: nn.Module, data: Any, batch_size: int) -> Metrics:
         self.seen.append(data)
         value = self.values[len(self.seen) - 1]
-        return Metrics(value, value, 1 - value, [], [], [], [])
+        return Metrics(value, value, value, 1 - value, [], [], [], [])

@@ -24,12 +24,13 @@ def launch(
     processes: int,
     dropout: float = 0.0,
     stop: int = 0,
+    method: str = "lora",
     objective: str = "plain",
     spoil: int = 0,
 ) -> list[Any]:
     """Run ``tests.train.two_processes`` and return what each process wrote down."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    arguments = [str(folder), out, str(dropout), str(stop), objective, str(spoil)]
+    arguments = [str(folder), out, str(dropout), str(stop), method, objective, str(spoil)]
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "tests.train.two_processes", *arguments],
         cwd=Path(__file__).parents[2],
@@ -46,13 +47,17 @@ def launch(
 
 
 @pytest.mark.parametrize(
-    ("objective", "spoil"), [("plain", 0), ("plain", 6), ("decoupled", 0), ("joint", 0), ("lazy", 5)]
+    ("method", "objective", "spoil"),
+    [("lora", "plain", 0), ("lora", "plain", 6), ("mosa", "plain", 0), ("mosa", "decoupled", 0), ("mosa", "joint", 0)]
+    + [("mosa", "lazy", 5)],
 )
-def test_two_processes_train_one_adapter_as_one_process_does(objective: str, spoil: int, tmp_path: Path) -> None:
+def test_two_processes_train_one_adapter_as_one_process_does(
+    method: str, objective: str, spoil: int, tmp_path: Path
+) -> None:
     """With ``spoil`` one process meets a loss that is not finite, and both skip the step."""
     small_data(tmp_path / "data")
-    first, second = launch(tmp_path, "two", 2, objective=objective, spoil=spoil)
-    (alone,) = launch(tmp_path, "one", 1, objective=objective, spoil=spoil)
+    first, second = launch(tmp_path, "two", 2, method=method, objective=objective, spoil=spoil)
+    (alone,) = launch(tmp_path, "one", 1, method=method, objective=objective, spoil=spoil)
     assert first["skipped"] == second["skipped"] == alone["skipped"] == (1 if spoil else 0)
     assert first == second
     assert [line["step"] for line in first["history"]] == [2, 3, 4, 6, 8]
@@ -67,12 +72,14 @@ def test_two_processes_train_one_adapter_as_one_process_does(objective: str, spo
         assert ours.get("validation_loss", 0.0) == pytest.approx(theirs.get("validation_loss", 0.0), rel=1e-3)
 
 
-@pytest.mark.parametrize(("objective", "stop"), [("plain", 9), ("decoupled", 18)])
-def test_two_processes_resume_to_the_same_bits(objective: str, stop: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "objective", "stop"), [("lora", "plain", 9), ("mosa-own", "plain", 9), ("mosa-own", "decoupled", 18)]
+)
+def test_two_processes_resume_to_the_same_bits(method: str, objective: str, stop: int, tmp_path: Path) -> None:
     small_data(tmp_path / "data")
-    whole = launch(tmp_path, "whole", 2, dropout=0.2, objective=objective)
-    launch(tmp_path, "torn", 2, dropout=0.2, stop=stop, objective=objective)
-    torn = launch(tmp_path, "torn", 2, dropout=0.2, objective=objective)
+    whole = launch(tmp_path, "whole", 2, dropout=0.2, method=method, objective=objective)
+    launch(tmp_path, "torn", 2, dropout=0.2, stop=stop, method=method, objective=objective)
+    torn = launch(tmp_path, "torn", 2, dropout=0.2, method=method, objective=objective)
     assert torn[0]["resumed_at"] == 3
     for found, expected in zip(torn, whole, strict=True):
         assert {**found, "resumed_at": None} == expected

@@ -11,11 +11,14 @@ from torch import nn
 
 from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError, UnsupportedError
+from epitaxy.methods.draws import clocks
+from epitaxy.methods.partition import split_parameters
 from epitaxy.train.config import BaseMode, TrainConfig
 from epitaxy.train.modes import training_modes
 from epitaxy.train.tracking import check_trackers
 
-PATCHED = ("forward", "_original_forward", "_is_accelerate_prepared")  # what accelerate leaves on a model
+IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks for names of what it leaves to each process
+PATCHED = ("forward", "_original_forward", "_is_accelerate_prepared", IGNORED)  # what is left on a model
 
 
 def make_accelerator(config: TrainConfig, out: Path) -> Any:
@@ -67,6 +70,7 @@ def prepared(
     """The model as accelerate wraps it, its modes set for training; afterwards modes and methods are what they were."""
     before = set(model.__dict__)
     try:
+        setattr(model, IGNORED, [*getattr(model, IGNORED, ()), *draws_in(model)])
         wrapped: nn.Module = accelerator.prepare(model)
         with training_modes(model, [] if adapter is None else [adapter], base_mode):
             yield wrapped
@@ -74,3 +78,13 @@ def prepared(
         for name in PATCHED:
             if name not in before:
                 model.__dict__.pop(name, None)
+
+
+def draws_in(model: nn.Module) -> list[str]:
+    """Names of the buffers in which adapters keep what this process drew, and when.
+
+    DDP must not write the first process's over them: processes may draw for themselves, and the optimiser unites what
+    they drew.
+    """
+    own = {id(clock.now) for clock in clocks(model)} | {id(used) for *_, used in split_parameters(model)}
+    return [name for name, buffer in model.named_buffers() if id(buffer) in own]

@@ -10,7 +10,9 @@ from epitaxy.core.errors import EpitaxyError, nearest
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["no", "bf16", "fp16"]
-Decay = Literal["matrices", "everything"]
+Decay = Literal["matrices", "weights", "everything"]
+Optimiser = Literal["adamw", "hf_adamw"]
+Idle = Literal["lazy", "momentum"]
 BaseMode = Literal["eval", "train"]
 DEFAULT_EPOCHS = 10.0
 FREE = ("workers", "trackers", "checkpoint_every", "max_skipped")  # may change between a run and its resumption
@@ -27,7 +29,11 @@ class TrainConfig:
     of all.  ``clip`` bounds the norm of the gradient (None: no bound).  ``evaluate_every`` and ``checkpoint_every``
     count steps (default: once per epoch, and at every evaluation).  After ``patience`` evaluations without a better
     ``metric`` on the validation data training stops; ``keep_best`` returns to the best state in the end.  ``betas`` and
-    ``epsilon`` are AdamW's; biases, norms and other vectors do not decay, unless ``decay="everything"``.
+    ``epsilon`` are AdamW's; biases, norms and other vectors do not decay, unless ``decay`` is "weights" (all but
+    biases) or "everything".  ``optimiser="hf_adamw"`` is the older AdamW of transformers, for published recipes:
+    ``epsilon`` before bias correction, decay after the step.  Methods whose parameters are in parts (MoSA): parts that
+    no process drew rest, or with ``idle="momentum"`` go on by momentum and decay; with ``own_draws`` every process of
+    a distributed run draws for itself.
     ``base_mode``: a frozen base stands in evaluation mode while its adapter trains; "train" switches its dropout,
     stochastic depth and masking on, as much published code does.  A step whose loss or gradient is not finite is
     skipped and counted; after more than ``max_skipped`` of them in a row training stops with an error.
@@ -40,6 +46,9 @@ class TrainConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     decay: Decay = "matrices"
+    optimiser: Optimiser = "adamw"
+    idle: Idle = "lazy"
+    own_draws: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     warmup: int | float = 0
@@ -96,6 +105,8 @@ class TrainConfig:
             "schedule": get_args(Schedule),
             "precision": get_args(Precision),
             "decay": get_args(Decay),
+            "optimiser": get_args(Optimiser),
+            "idle": get_args(Idle),
             "base_mode": get_args(BaseMode),
         }
         for name, known in choices.items():

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from epitaxy.core.errors import EpitaxyError, nearest
-from epitaxy.methods.draws import at_step
+from epitaxy.methods.draws import at_step, clocks
 from epitaxy.tasks.group import Group
+from epitaxy.tasks.metrics import OTHER_NAMES
 from epitaxy.tasks.objective import Objective, Turn, backward
 from epitaxy.train.config import TrainConfig
+from epitaxy.train.lazy_adam import LazyAdamW
+from epitaxy.train.optimizers import optimizer_of
 from epitaxy.train.schedule import learning_rate
 from epitaxy.train.trainable import Trainable
 
@@ -39,6 +42,10 @@ class Standing:
     skipped_in_a_row: int = 0
 
 
+class DivergenceError(EpitaxyError):
+    """Training went astray: the loss or the parameters are no finite numbers any more."""
+
+
 class Session:
     """The moving parts of one call of ``train``; every process of a distributed run has its own."""
 
@@ -55,14 +62,9 @@ class Session:
         self.accelerator, self.model, self.trainable = accelerator, model, trainable
         self.task, self.config, self.steps = task, config, steps
         self.objective = objective
-        self.optimizer = accelerator.prepare(
-            torch.optim.AdamW(
-                trainable.groups(config.weight_decay, config.decay == "everything"),
-                lr=config.learning_rate,
-                betas=config.betas,
-                eps=config.epsilon,
-            )
-        )
+        for clock in clocks(model):
+            clock.rank = accelerator.process_index if config.own_draws else 0
+        self.optimizer = accelerator.prepare(optimizer_of(model, trainable, config))
         self.standing = Standing()
         self.best: dict[str, Tensor] = {}
         self.start = trainable.copy()
@@ -100,6 +102,8 @@ class Session:
         if fault is not None:
             for key, buffer in self.trainable.buffers.items():
                 buffer.copy_(kept[key])
+            if isinstance(self.optimizer.optimizer, LazyAdamW):
+                self.optimizer.optimizer.forget()
             self._count_skipped(fault)
         return norm
 
@@ -187,7 +191,7 @@ class Session:
 
     def _require_finite(self, holds: bool, fault: str) -> None:
         if not holds:
-            raise EpitaxyError(
+            raise DivergenceError(
                 f"step {self.standing.step}: {fault}; lower train.learning_rate ({self.config.learning_rate}), "
                 "lengthen train.warmup or lower train.clip"
             )
@@ -196,7 +200,9 @@ class Session:
 def check_metric(name: str, known: tuple[str, ...]) -> None:
     """Raise when no metric is called ``name``."""
     if name not in known:
-        raise EpitaxyError(f"train.metric: no metric is called {name!r}{nearest(name, known)}")
+        meant = OTHER_NAMES.get(name.lower())
+        hint = f"; did you mean {meant!r}?" if meant in known else nearest(name, known)
+        raise EpitaxyError(f"train.metric: no metric is called {name!r}{hint}")
 
 
 def is_better(metric: str, value: float, best: float) -> bool:

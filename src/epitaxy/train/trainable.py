@@ -15,6 +15,7 @@ from epitaxy.core.errors import FormatError, StateError, UnsupportedError
 from epitaxy.core.host import hosted, unwrap
 from epitaxy.core.registry import methods_in
 from epitaxy.tasks.objective import Objective
+from epitaxy.train.config import Decay
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,17 @@ class Trainable:
         for key, place in places.items():
             place.copy_(values[key])
 
-    def groups(self, weight_decay: float, everything: bool = False) -> list[dict[str, Any]]:
-        """Parameter groups: unless ``everything`` decays, biases, norms and other vectors do not."""
-        decaying = {key: everything or (p.dim() > 1 and not key.endswith("bias")) for key, p in self.parameters.items()}
+    def groups(self, weight_decay: float, decay: Decay = "matrices") -> list[dict[str, Any]]:
+        """Parameter groups: which parameters decay says ``TrainConfig.decay``."""
+
+        def decays(key: str, parameter: nn.Parameter) -> bool:
+            bias = key.endswith("bias")
+            return {"matrices": parameter.dim() > 1 and not bias, "weights": not bias, "everything": True}[decay]
+
+        decaying = {key: decays(key, parameter) for key, parameter in self.parameters.items()}
         return [
-            {"params": [p for key, p in self.parameters.items() if decaying[key] is flag], "weight_decay": decay}
-            for flag, decay in ((True, weight_decay), (False, 0.0))
+            {"params": [p for key, p in self.parameters.items() if decaying[key] is flag], "weight_decay": strength}
+            for flag, strength in ((True, weight_decay), (False, 0.0))
             if flag in decaying.values()
         ]
 

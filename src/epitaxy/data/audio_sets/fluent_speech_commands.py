@@ -8,7 +8,7 @@ Transcriptions hold commas, so the tables are read as CSV.  No speaker is in two
 from __future__ import annotations
 
 from epitaxy.core.errors import FormatError
-from epitaxy.data.audio_sets.layout import add, chosen_protocol, disjoint, refuse_fold, rooted, table_of, verify
+from epitaxy.data.layout import add, chosen_protocol, disjoint, refuse_fold, rooted, table_of, verify
 from epitaxy.data.spec import DataSpec, Pool
 from epitaxy.data.stored import Tree
 

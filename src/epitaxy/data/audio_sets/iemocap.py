@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import PurePosixPath
 
 from epitaxy.core.errors import FormatError, nearest
-from epitaxy.data.audio_sets.layout import add, chosen_fold, chosen_protocol, text_of, verify
+from epitaxy.data.layout import add, chosen_fold, chosen_protocol, text_of, verify
 from epitaxy.data.spec import DataSpec, Pool
 from epitaxy.data.stored import Tree
 

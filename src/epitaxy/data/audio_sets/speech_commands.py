@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from epitaxy.core.errors import FormatError, nearest
-from epitaxy.data.audio_sets.layout import add, chosen_protocol, disjoint, refuse_fold, rooted, text_of, verify
+from epitaxy.data.layout import add, chosen_protocol, disjoint, refuse_fold, rooted, text_of, verify
 from epitaxy.data.spec import DataSpec, Pool
 from epitaxy.data.stored import Tree
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 
 from epitaxy.core.errors import FormatError
-from epitaxy.data.audio_sets.layout import add, chosen_fold, chosen_protocol, disjoint, rooted, table_of, verify, whole
+from epitaxy.data.layout import add, chosen_fold, chosen_protocol, disjoint, rooted, table_of, verify, whole
 from epitaxy.data.spec import DataSpec, Pool, Row
 from epitaxy.data.stored import Tree
 

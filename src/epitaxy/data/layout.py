@@ -17,7 +17,7 @@ def require_own_splits(spec: DataSpec, title: str) -> None:
     for name, plain in (("train", "train"), ("validation", None), ("test", None)):
         if getattr(spec, name) != plain:
             raise EpitaxyError(
-                f"data.{name}: the splits of {title} are those of its authors, chosen by data.fold and data.protocol; "
+                f"data.{name}: the splits of {title} are those of its authors, chosen by data.protocol and data.fold; "
                 f"leave data.{name} out"
             )
 
@@ -99,7 +99,7 @@ def whole(where: str, cells: Mapping[str, str], column: str, low: int, high: int
 
 
 def add(pool: Pool, tree: Tree, path: str, label: str, split: str) -> Row | None:
-    """Add the sound at ``path``; one that is not there goes to ``pool.missing``."""
+    """Add the file at ``path``; one that is not there goes to ``pool.missing``."""
     name = f"{tree.root}/{path}"
     if path not in tree.files:
         pool.missing.append((name, "no such file"))

@@ -72,7 +72,7 @@ def prepared(
     try:
         setattr(model, IGNORED, [*getattr(model, IGNORED, ()), *draws_in(model)])
         wrapped: nn.Module = accelerator.prepare(model)
-        with training_modes(model, adapter, base_mode):
+        with training_modes(model, [] if adapter is None else [adapter], base_mode):
             yield wrapped
     finally:
         for name in PATCHED:

@@ -7,7 +7,7 @@ time of their own computation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,21 +20,21 @@ CHECKPOINTED = "_gradient_checkpointing_func"
 
 
 @contextmanager
-def training_modes(model: nn.Module, adapter: Adapter | None, base_mode: BaseMode = "eval") -> Iterator[None]:
-    """Inside the ``with`` block ``model`` is ready to train ``adapter``; afterwards all modes are what they were.
+def training_modes(model: nn.Module, adapters: Sequence[Adapter], base_mode: BaseMode = "eval") -> Iterator[None]:
+    """Inside the ``with`` block ``model`` is ready to train ``adapters``; afterwards all modes are what they were.
 
-    Full fine-tuning (``adapter`` None) and ``base_mode="train"`` put everything into training mode, but for batch
+    Full fine-tuning (no ``adapters``) and ``base_mode="train"`` put everything into training mode, but for batch
     norms that do not learn: they keep the statistics they came with.
     """
     modes = {module: module.training for module in model.modules()}
     checkpointed: dict[nn.Module, Any] = {}
     try:
-        if adapter is None or base_mode == "train":
+        if not adapters or base_mode == "train":
             model.train()
             freeze_statistics(model)
         else:
             model.eval()
-            for piece in adapter.pieces:
+            for piece in (piece for adapter in adapters for piece in adapter.pieces):
                 piece.module.train()
             for module in model.modules():
                 if getattr(module, "gradient_checkpointing", False) and hasattr(module, CHECKPOINTED):

@@ -41,7 +41,8 @@ def probe(ready: Prepared, config: TrainConfig, objective: TwoPass | None = None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_precision(config.precision, device.type)
     model.to(device)
-    with training_modes(model, ready.adapter, config.base_mode):
+    adapters = [] if ready.adapter is None else [ready.adapter]
+    with training_modes(model, adapters, config.base_mode):
         step, activations = _steps(ready, config, device, None)
         if objective is not None:
             paired, _ = _steps(ready, config, device, objective)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.mosa_training [--quick] [--rounds 10] [--threads 1] [--clock cpu]
 
-The branch alone: forward and backward, without a norm and without the gradient of its input, at the width of ViT-B (768),
-64 hidden units, four parts, the tokens of four pictures.  The training step: ViT-B/16 with four of its twelve blocks, four pictures, an
-AdaptFormer in every block; every side shares the same frozen weights.  Copies: a full copy of the split projection for
-each part, one picked for each pass, gradients masked after the backward pass, AdamW.
+The branch alone: forward and backward, without a norm and without the gradient of its input, at the width of ViT-B
+(768), 64 hidden units, four parts, the tokens of four pictures.  The training step: ViT-B/16 with four of its twelve
+blocks, four pictures, an AdaptFormer in every block; every side shares the same frozen weights.  Copies: a full copy of
+the split projection for each part, one picked for each pass, gradients masked after the backward pass, AdamW.
 """
 
 from __future__ import annotations

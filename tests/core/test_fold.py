@@ -228,6 +228,16 @@ def test_other_adapters_stay_out_and_merged_ones_in() -> None:
 
 
 @torch.no_grad()
+def test_a_route_that_is_on_does_not_matter() -> None:
+    family = FAMILIES["vit"]
+    model = adapted(family, READS["stream"])
+    expected = family.run(model)
+    with epitaxy.route(model, ["a", None, "a"]):
+        folded = epitaxy.fold(model)
+    torch.testing.assert_close(family.run(folded), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_modes_flags_and_types_are_those_of_the_model() -> None:
     model = adapted(FAMILIES["vit"], READS["stream"]).train()
     folded = epitaxy.fold(model)

@@ -91,6 +91,7 @@ def _fold(twin: nn.Module, name: str) -> None:
     touched = [feed for feed in feeds if feed.path in extras]
     training = {module: module.training for module in twin.modules()}
     twin.eval()
+    record.state.route = None
     activate(twin, name)
     before = [_result(twin, feed) for feed in touched]
     for path, edit in merges:

@@ -21,6 +21,7 @@ COMPARISONS = (
     "audio_front_end",
     "adapter_training",
     "mosa_training",
+    "fold",
 )
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks

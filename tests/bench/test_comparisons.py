@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import __main__ as everything
-from benchmarks import adapter_training, audio_front_end, inactive, lora_vs_peft, many_adapters, moa, mosa_training
+from benchmarks import (
+    adapter_training,
+    audio_front_end,
+    fold,
+    inactive,
+    lora_vs_peft,
+    many_adapters,
+    moa,
+    mosa_training,
+)
 from benchmarks.bases import SHAPES
 
 import epitaxy
@@ -127,6 +136,16 @@ def test_audio_front_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     extractor, cache = stored["tables"]
     assert len(extractor["rows"]) == 2
     assert cache["rows"][0]["cached / computed"]["median"] < 0.8
+
+
+def test_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (table,) = results(fold, tmp_path, monkeypatch)["tables"]
+    assert [row["adapter"] for row in table["rows"]] == list(fold.METHODS)
+    assert all(float(row["largest difference"]) < 1e-5 for row in table["rows"])
+    models = fold.sides(SHAPES["vit"](quick=True).model(), fold.METHODS["parallel, GELU"])
+    sizes = {name: sum(value.numel() for value in model.parameters()) for name, model in models.items()}
+    assert sizes["bare"] == sizes["control"]
+    assert sizes["folded"] <= sizes["adapted"]
 
 
 def test_adapter_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from epitaxy.core.errors import EpitaxyError, FormatError
@@ -12,6 +13,9 @@ from epitaxy.data.audio.spec import AudioSpec
 from epitaxy.data.splits import Splits
 from epitaxy.models.opening import InputSize, Opened, open_classifier
 from epitaxy.tasks.classification import Classification
+from epitaxy.train.progress import counted
+from epitaxy.train.run_directory import read_json
+from epitaxy.train.saving import FRONT_END_FILE
 
 FRONT_END = "front_end"  # its place in an adapter's provenance
 
@@ -36,18 +40,29 @@ def input_size(spec: AudioSpec) -> InputSize:
     return InputSize(spec.frames, spec.mels, spec.positions, spec.legacy)
 
 
-def task_for(opened: Opened, splits: Splits, spec: AudioSpec | None) -> Classification:
-    """Classification with our front end where the model and the data are of sounds."""
+def task_for(opened: Opened, splits: Splits, spec: AudioSpec | None, progress: bool = False) -> Classification:
+    """Classification with our front end where the model and the data are of sounds.
+
+    ``progress`` shows how far the statistics of the training sounds are, whose features go to the cache on the way.
+    """
     if spec is None or opened.modality != "audio":
         return Classification(opened, splits.classes)
     training = (splits.train[row] for row in range(len(splits.train)))
-    return Classification(opened, splits.classes, front_end=build(spec, opened.processor, training))
+    told = "statistics" + (" and features" if spec.cache else "") + " of the training sounds"
+    watched = counted(training, len(splits.train), told, progress)
+    return Classification(opened, splits.classes, front_end=build(spec, opened.processor, watched))
 
 
 def settings_of(task: Classification) -> dict[str, Any] | None:
     """The settings of a task's front end with nothing left open, as plain data."""
     spec = getattr(task.front_end, "spec", None)
     return None if spec is None else spec.stored()
+
+
+def saved_spec(source: str) -> AudioSpec | None:
+    """The settings that lie beside a model saved by us, None where there are none."""
+    file = Path(source).expanduser() / FRONT_END_FILE
+    return stored_spec({FRONT_END: read_json(file)}, str(file)) if file.is_file() else None
 
 
 def stored_spec(provenance: Mapping[str, Any], origin: str, asked: AudioSpec | None = None) -> AudioSpec | None:

@@ -67,6 +67,8 @@ def _print(plan: Plan) -> None:
         say(f"  {place}")
     for note in plan.data["notes"]:
         say(f"note: {note}")
+    for name, why in plan.data["left_out"]:
+        say(f"left out: {name}: {why}")
     _print_costs(plan)
     say(f"merges: {'yes' if plan.merge.possible else 'no'}, {plan.merge.reason}")
     say(f"folds: {'yes' if plan.fold.possible else 'no'}, {plan.fold.reason}")

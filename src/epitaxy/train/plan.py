@@ -147,6 +147,7 @@ def plan(recipe: Recipe, measure: bool = True, progress: bool = False) -> Plan:
             "classes": list(splits.classes),
             "counts": {part: len(getattr(splits, part)) for part in ("train", "validation", "test")},
             "skipped": len(splits.skipped),
+            "left_out": [list(entry) for entry in splits.skipped],
             "notes": list(splits.notes),
             FRONT_END: settings_of(ready.task),
         },

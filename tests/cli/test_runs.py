@@ -206,6 +206,7 @@ def test_fold_gives_a_plain_model(epitaxy: Epitaxy, base: Path, data: Path, reci
     [
         (["--timm"], "--timm writes a folded model"),
         (["--fold", "--tolerance", "1"], "--fold has its own limit"),
+        (["--fold", "--parts"], "--parts saves an adapter and --fold a model"),
     ],
 )
 def test_fold_refuses_words_that_do_not_go_together(
@@ -230,6 +231,42 @@ def test_plan_and_merge_say_why_not(epitaxy: Epitaxy, base: Path, recipe: Path, 
     assert "only a parallel bottleneck without a residual" in only_line(outcome.err)
     assert "no, bottleneck: only a parallel adapter" in json.loads(epitaxy("inspect", run, "--json").out)["folds"]
     assert not (tmp_path / "folded").exists()
+
+
+def test_parts_merge_into_a_plain_adapter(
+    epitaxy: Epitaxy, base: Path, data: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """Owners from data go through training and the file; what is merged opens as a bottleneck and scores the same."""
+    run, out = tmp_path / "run", tmp_path / "plain"
+    method = "method=[{method: mosa, bottleneck: 4, balance: saliency, draw: row}, head]"
+    assert epitaxy("train", recipe, method, f"out={run}").code == 0
+    outcome = epitaxy("merge", base, run, "--parts", "--out", out)
+    assert outcome.code == 0, outcome.err
+    assert "bottleneck + head" in outcome.out
+    contents = json.loads(epitaxy("inspect", out, "--json").out)
+    assert [part["method"] for part in contents["methods"]] == ["bottleneck", "head"]
+    assert contents["provenance"]["classes"] == sorted(COLOURS)
+    rows = json.loads(epitaxy("eval", base, "--adapters", out, "--data", data, "--json").out)["results"]
+    assert rows[0]["loss"] == pytest.approx(_result(run)["test"]["loss"], abs=1e-6)
+    assert rows[0]["accuracy"] == _result(run)["test"]["accuracy"]
+    again = epitaxy("merge", base, out, "--parts", "--out", tmp_path / "twice")
+    assert again.code == 1
+    assert "has no parts to merge" in again.err
+    assert not (tmp_path / "twice").exists()
+    both = epitaxy("merge", base, run, "--parts", "--tolerance", "1", "--out", tmp_path / "twice")
+    assert both.code == 1
+    assert "--tolerance" in both.err
+
+
+def test_a_lora_in_parts_is_exported_merged(
+    epitaxy: Epitaxy, base: Path, data: Path, recipe: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "lora"
+    method = "method=[{method: mosa_lora, rank: 2, parts: 2, split: both}, head]"
+    assert epitaxy("train", recipe, method, f"out={run}").code == 0
+    assert epitaxy("export", run, "--to", "peft", "--out", out).code == 0
+    rows = json.loads(epitaxy("eval", base, "--adapters", out, "--data", data, "--json").out)["results"]
+    assert rows[0]["loss"] == pytest.approx(_result(run)["test"]["loss"], abs=1e-6)
 
 
 def test_export_and_back(epitaxy: Epitaxy, data: Path, base: Path, finished: Path, tmp_path: Path) -> None:

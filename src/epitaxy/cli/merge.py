@@ -1,4 +1,8 @@
-"""``epitaxy merge``: put an adapter into its base and save the result as a plain transformers model."""
+"""``epitaxy merge``: put an adapter into its base and save the result as a plain transformers model.
+
+With ``--fold`` bottlenecks widen the feed-forwards.  With ``--parts`` the parts of an adapter are merged into one plain
+adapter, and this is saved.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,9 @@ def command(
         bool, typer.Option("--fold", help="Make bottlenecks hidden units of the feed-forwards; merge the rest.")
     ] = False,
     timm: Annotated[bool, typer.Option("--timm", help="With --fold: write a ViT under timm's names.")] = False,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="Merge the parts of a MoSA adapter into a plain adapter, and save that.")
+    ] = False,
 ) -> None:
     """Put an adapter into its base.
 
@@ -35,10 +42,14 @@ def command(
     from epitaxy.core.fold import fold as fold_adapter
     from epitaxy.core.merge import merge
     from epitaxy.core.storage import require_free
-    from epitaxy.interop import inspect, load
+    from epitaxy.interop import inspect, load, save
     from epitaxy.interop.timm import save_timm
     from epitaxy.train.saving import save_model, weight_bytes
 
+    if parts and fold:
+        raise EpitaxyError("--parts saves an adapter and --fold a model, which merges the parts too; leave one out")
+    if parts and tolerance is not None:
+        raise EpitaxyError("--tolerance: nothing is folded into the base with --parts, which is exact")
     if fold and tolerance is not None:
         raise EpitaxyError("--tolerance limits the drift of a merge, and --fold has its own limit; leave one out")
     if timm and not fold:
@@ -48,6 +59,15 @@ def command(
     contents = inspect(file)
     opened = open_base(base, contents)
     loaded = load(opened.model, file)
+    if parts:
+        from epitaxy.methods.merge_parts import merge_parts
+
+        before = loaded.config[0]["method"]
+        merged = merge_parts(opened.model, loaded.name)
+        save(opened.model, out, merged.name)
+        say(f"merged the parts of {merged.name!r} ({before}) into {merged}")
+        say(f"saved {out}; it opens as any adapter does")
+        return
     model = opened.model
     if fold:
         model = fold_adapter(model, loaded.name)

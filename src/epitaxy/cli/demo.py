@@ -137,18 +137,18 @@ def _show_folded(run: Path) -> None:
 
     from epitaxy import fold
     from epitaxy.cli.console import say
-    from epitaxy.cli.opening import open_base
-    from epitaxy.core.files import inspect, load
+    from epitaxy.core.files import load
     from epitaxy.data.splits import load_splits
+    from epitaxy.models.opening import open_classifier
     from epitaxy.tasks.classification import Classification
     from epitaxy.train.run_directory import ADAPTER, read_recipe
 
     recipe = read_recipe(run)
-    opened = open_base(recipe.base.source, inspect(run / ADAPTER))
+    splits = load_splits(recipe.data)
+    opened = open_classifier(recipe.base.source, splits.classes)
     adapter = load(opened.model, run / ADAPTER)
     own = sum(tensor.numel() for tensor in opened.model.state_dict().values())
     plain = fold(opened.model.eval()).eval()
-    splits = load_splits(recipe.data)
     task = Classification(opened, splits.classes)
     batch = task.batch([splits.test[number] for number in range(0, len(splits.test), 5)])
     with torch.inference_mode():

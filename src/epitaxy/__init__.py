@@ -17,11 +17,13 @@ _PUBLIC = {
     "adapters": "epitaxy.core.host",
     "route": "epitaxy.core.host",
     "merge": "epitaxy.core.merge",
+    "fold": "epitaxy.core.fold",
     "unmerge": "epitaxy.core.merge",
     "save": "epitaxy.interop",
     "load": "epitaxy.interop",
     "inspect": "epitaxy.interop",
     "explain": "epitaxy.core.explain",
+    "merge_parts": "epitaxy.methods.merge_parts",
     "methods": "epitaxy.core.registry",
     "method": "epitaxy.core.registry",
     "Adapter": "epitaxy.core.adapter",
@@ -36,6 +38,8 @@ _PUBLIC = {
     "GridConv": "epitaxy.methods.grid_conv",
     "Head": "epitaxy.methods.head",
     "LoRA": "epitaxy.methods.lora",
+    "MoSA": "epitaxy.methods.mosa",
+    "MoSALoRA": "epitaxy.methods.mosa_lora",
     "NormTuning": "epitaxy.methods.norm_tuning",
     "Prefix": "epitaxy.methods.prefix",
     "Prompt": "epitaxy.methods.prompt",
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from epitaxy.core.adapter import Adapter as Adapter
     from epitaxy.core.errors import EpitaxyError as EpitaxyError
     from epitaxy.core.explain import explain as explain
+    from epitaxy.core.fold import fold as fold
     from epitaxy.core.host import activate as activate
     from epitaxy.core.host import adapters as adapters
     from epitaxy.core.host import attach as attach
@@ -68,6 +73,9 @@ if TYPE_CHECKING:
     from epitaxy.methods.grid_conv import GridConv as GridConv
     from epitaxy.methods.head import Head as Head
     from epitaxy.methods.lora import LoRA as LoRA
+    from epitaxy.methods.merge_parts import merge_parts as merge_parts
+    from epitaxy.methods.mosa import MoSA as MoSA
+    from epitaxy.methods.mosa_lora import MoSALoRA as MoSALoRA
     from epitaxy.methods.norm_tuning import NormTuning as NormTuning
     from epitaxy.methods.prefix import Prefix as Prefix
     from epitaxy.methods.prompt import Prompt as Prompt

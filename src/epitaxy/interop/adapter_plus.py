@@ -112,7 +112,7 @@ def read(path: Path, options: Published) -> Reading:
 
 
 def _work_in(path: Path, held: dict[str, Named]) -> None:
-    """One adapter's scale, of all channels or of each, multiplied into its last map; biases it was made without are 0."""
+    """One adapter's scale, of all channels or of each, worked into its last map; biases it has not are 0."""
     down, up = held["module.down.weight"], held["module.up.weight"]
     for name, weight in (("module.down.bias", down), ("module.up.bias", up)):
         held.setdefault(name, Named(weight.key, torch.zeros(weight.value.shape[0], dtype=weight.value.dtype)))

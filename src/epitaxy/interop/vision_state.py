@@ -184,7 +184,9 @@ def _number(reading: Reading, anatomy: Anatomy, block: Block) -> int:
         for number, spot in enumerate(spots):
             if f".{spot.path}".endswith(f".{ending}"):
                 return number
-    raise FormatError(f"{reading.file}: holds an adapter for block {block}, this {anatomy.family} has {len(spots)}")
+    raise FormatError(
+        f"{reading.file}: made for another base: it has a block {block}, this {anatomy.family} has {len(spots)} blocks"
+    )
 
 
 def _values(

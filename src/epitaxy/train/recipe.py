@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from epitaxy.core.errors import EpitaxyError, nearest
 from epitaxy.core.registry import from_config, methods_in, to_config
 from epitaxy.data.audio.spec import AudioSpec, Augment
+from epitaxy.data.image.spec import ImageSpec
 from epitaxy.data.splits import DataSpec
 from epitaxy.train.config import TrainConfig
 
@@ -91,6 +92,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "base": tuple(Base.model_fields),
     "data": tuple(field.name for field in fields(DataSpec)),
     "data.audio": tuple(field.name for field in fields(AudioSpec)),
+    "data.image": tuple(field.name for field in fields(ImageSpec)),
     "data.audio.augment": tuple(field.name for field in fields(Augment)),
     "train": tuple(field.name for field in fields(TrainConfig)),
 }

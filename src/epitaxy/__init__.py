@@ -22,6 +22,7 @@ _PUBLIC = {
     "load": "epitaxy.interop",
     "inspect": "epitaxy.interop",
     "explain": "epitaxy.core.explain",
+    "merge_parts": "epitaxy.methods.merge_parts",
     "methods": "epitaxy.core.registry",
     "method": "epitaxy.core.registry",
     "Adapter": "epitaxy.core.adapter",
@@ -36,10 +37,13 @@ _PUBLIC = {
     "GridConv": "epitaxy.methods.grid_conv",
     "Head": "epitaxy.methods.head",
     "LoRA": "epitaxy.methods.lora",
+    "MoSA": "epitaxy.methods.mosa",
+    "MoSALoRA": "epitaxy.methods.mosa_lora",
     "NormTuning": "epitaxy.methods.norm_tuning",
     "Prefix": "epitaxy.methods.prefix",
     "Prompt": "epitaxy.methods.prompt",
     "SoftMoA": "epitaxy.methods.soft_moa",
+    "TwoPass": "epitaxy.tasks.two_pass",
 }
 
 if TYPE_CHECKING:
@@ -68,10 +72,14 @@ if TYPE_CHECKING:
     from epitaxy.methods.grid_conv import GridConv as GridConv
     from epitaxy.methods.head import Head as Head
     from epitaxy.methods.lora import LoRA as LoRA
+    from epitaxy.methods.merge_parts import merge_parts as merge_parts
+    from epitaxy.methods.mosa import MoSA as MoSA
+    from epitaxy.methods.mosa_lora import MoSALoRA as MoSALoRA
     from epitaxy.methods.norm_tuning import NormTuning as NormTuning
     from epitaxy.methods.prefix import Prefix as Prefix
     from epitaxy.methods.prompt import Prompt as Prompt
     from epitaxy.methods.soft_moa import SoftMoA as SoftMoA
+    from epitaxy.tasks.two_pass import TwoPass as TwoPass
 
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -247,7 +247,7 @@ def test_a_trial_that_diverges_loses_and_the_grid_goes_on(
 
     monkeypatch.setattr(Classification, "loss", broken)
     monkeypatch.setattr(Session, "__init__", begin)
-    done = epitaxy("bench", grid, "--only", "Probe")
+    done = epitaxy("bench", grid, "train.max_skipped=0", "--only", "Probe")
     assert done.code == 0, done.err
     assert "diverged: step 1: the loss is not a finite number" in done.out
     found = json.loads(Path("runs/digits/grid.json").read_text())["cells"][0]

@@ -113,6 +113,7 @@ def test_only_and_scoped_overrides(grid: Path) -> None:
         (", at: 2}", "}", r"columns.two: curve and at belong together"),
         ("method.lora.rank: 4", "method.lora.rnk: 4", r"cells.LoRA.four: method 'lora' has no field 'rnk'"),
         ("  LoRA:\n", "  probe: {}\n  LoRA:\n", r"rows: 'Probe' cannot name a directory of its own"),
+        ("average: true", "compare_with: Prob", r"compare_with: no row is called 'Prob'; did you mean 'Probe'"),
         ("rows:\n", "lines:\n", r"not a grid: expected the keys recipe, rows and columns"),
     ],
 )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import epitaxy
 from epitaxy.core.anatomy import base_modules
 from epitaxy.core.host import hosted
+from epitaxy.methods.draws import at_step
 from tests.contract.families import FAMILIES, Family, enable_checkpointing
 from tests.contract.methods import Variant
 from tests.contract.tampering import tampered
@@ -65,14 +66,18 @@ class Case:
 
     @torch.no_grad()
     def run(self, model: nn.Module | None = None, batch: int = 3) -> Tensor:
-        """Outputs without gradients."""
-        return self.family.run(self.model if model is None else model, batch)
+        """Outputs without gradients; what a method draws in training is that of one fixed step."""
+        model = self.model if model is None else model
+        with at_step(model, 1):
+            return self.family.run(model, batch)
 
     def learn(self, model: nn.Module | None = None, batch: int = 3) -> Tensor:
         """Backward of a fixed, uneven loss; returns the outputs."""
-        output = self.family.run(self.model if model is None else model, batch)
-        weights = torch.linspace(-1, 1, output[0].numel(), dtype=output.dtype).view_as(output[0])
-        (output * weights + 0.1 * output**2).sum().backward()
+        model = self.model if model is None else model
+        with at_step(model, 1):
+            output = self.family.run(model, batch)
+            weights = torch.linspace(-1, 1, output[0].numel(), dtype=output.dtype).view_as(output[0])
+            (output * weights + 0.1 * output**2).sum().backward()
         return output.detach()
 
 

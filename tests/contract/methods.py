@@ -17,6 +17,8 @@ from epitaxy import (
     GridConv,
     Head,
     LoRA,
+    MoSA,
+    MoSALoRA,
     NormTuning,
     Prefix,
     Prompt,
@@ -59,6 +61,11 @@ WRITTEN = (
     Variant("bottleneck_parallel", "Bottleneck, parallel", lambda family: Bottleneck.parallel(12)),
     Variant("bottleneck_houlsby", "Bottleneck, Houlsby", lambda family: Bottleneck.houlsby(12)),
     Variant("bottleneck_pfeiffer", "Bottleneck, Pfeiffer", lambda family: Bottleneck.pfeiffer(12)),
+    Variant(
+        "bottleneck_adaptformer",
+        "Bottleneck, AdaptFormer, learned scale",
+        lambda family: Bottleneck.adaptformer(12, scale="learned", dropout=0.0),
+    ),
     Variant("dense_moa", "Dense-MoA", lambda family: DenseMoA(experts=3, bottleneck=4)),
     Variant(
         "dense_moa_convpass",
@@ -83,6 +90,44 @@ WRITTEN = (
         "bottleneck_replacing",
         "Bottleneck, in place of the output",
         lambda family: Bottleneck(at=("attention", "mlp"), reduction=3, order="sequential", residual=False),
+    ),
+    Variant("mosa", "MoSA", lambda family: MoSA(bottleneck=12, dropout=0.0)),
+    Variant("mosa_pfeiffer", "MoSA, Pfeiffer", lambda family: MoSA.pfeiffer(12)),
+    Variant(
+        "mosa_slices",
+        "MoSA, output slices, drawn by row",
+        lambda family: MoSA(bottleneck=6, dropout=0.0, parts=3, partition="out_slice", draw="row"),
+    ),
+    Variant(
+        "mosa_ranks",
+        "MoSA, rank slices, several active, with coefficients",
+        lambda family: MoSA(
+            at=("attention", "mlp"),
+            bottleneck=6,
+            dropout=0.0,
+            parts=6,
+            partition="rank_slice",
+            active="bernoulli",
+            coefficients=True,
+        ),
+    ),
+    Variant(
+        "mosa_both",
+        "MoSA, both projections, biases of parts, drawn by row",
+        lambda family: MoSA(bottleneck=6, dropout=0.0, split="both", bias="parts", draw="row"),
+    ),
+    Variant("mosa_lora", "MoSA on LoRA", lambda family: MoSALoRA(rank=4)),
+    Variant(
+        "mosa_lora_both",
+        "MoSA on LoRA, both factors, every linear map, drawn by row",
+        lambda family: MoSALoRA(at="linear", rank=4, parts=2, split="both", draw="row"),
+    ),
+    Variant(
+        "mosa_lora_ranks",
+        "MoSA on LoRA, rank-one experts",
+        lambda family: MoSALoRA(
+            rank=4, partition="rank_slice", active="bernoulli", keep=0.7, coefficients=True, dropout=0.0
+        ),
     ),
     Variant("conformer", "Conformer", lambda family: Conformer(bottleneck=4, kernel=4)),
     Variant(

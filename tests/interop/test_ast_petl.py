@@ -286,6 +286,7 @@ def test_an_adapter_of_our_own_goes_out(tmp_path: Path) -> None:
     [
         (epitaxy.LoRA(at="mlp.up") + epitaxy.Head(pool="all"), "it has no equal of 'lora'"),
         (epitaxy.LoRA(), "it has no head that pools"),
+        (epitaxy.Bottleneck.adaptformer(4) + epitaxy.Head(pool="all"), "it has no equal of 'bottleneck'"),
         (epitaxy.LoRA() + epitaxy.Head(), "it has no equal of 'head'"),
         (epitaxy.Prefix(2, gated=True) + epitaxy.Head(pool="all"), "it has no equal of 'prefix'"),
     ],

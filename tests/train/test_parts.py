@@ -21,8 +21,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from epitaxy.core.errors import EpitaxyError, FormatError
+from epitaxy.tasks import random_state
 from epitaxy.train import progress as showing
-from epitaxy.train import random_state
 from epitaxy.train.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, write_checkpoint
 from epitaxy.train.config import TrainConfig, count_steps, evaluation_interval
 from epitaxy.train.metrics_log import MetricsLog, read_metrics

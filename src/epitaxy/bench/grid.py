@@ -39,6 +39,10 @@ def _entry(value: Any) -> Any:
     return {"recipe": value} if isinstance(value, str) else {} if value is None else value
 
 
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 class Row(Section):
     """One line of the table."""
 
@@ -60,8 +64,9 @@ class Column(Section):
 class Grid(Section):
     """A grid file; ``published`` holds percent, ``cells`` exceptions by row and column (``skip: true``: no such cell).
 
-    ``seed_keys`` are the keys that a seed sets; ``average`` adds a column with the mean over all columns.  The
-    trials of ``select`` are made with ``select_seeds`` (default: the first of ``seeds``) and have the keys of
+    ``seed_keys`` are the keys that a seed sets; ``average`` adds a column with the mean over all columns;
+    ``compare_with`` names a row, or several, from which the others' differences are shown, seed by seed.  The trials
+    of ``select`` are made with ``select_seeds`` (default: the first of ``seeds``) and have the keys of
     ``select_set``.
     """
 
@@ -79,6 +84,7 @@ class Grid(Section):
     metric: str = "accuracy"
     published: dict[str, dict[str, PERCENT]] = Field(default_factory=dict)
     average: bool = False
+    compare_with: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -243,6 +249,9 @@ def _check(file: Path, grid: Grid) -> None:
             for column in columns:
                 if column not in grid.columns:
                     raise RecipeError(f"{file}: {what}: no column is called {column!r}{nearest(column, grid.columns)}")
+    for name in grid.compare_with:
+        if name not in grid.rows:
+            raise RecipeError(f"{file}: compare_with: no row is called {name!r}{nearest(name, grid.rows)}")
     for name, column_of in grid.columns.items():
         if (column_of.curve is None) is not (column_of.at is None):
             raise RecipeError(f"{file}: columns.{name}: curve and at belong together")

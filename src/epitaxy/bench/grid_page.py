@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from epitaxy.bench.grid import Grid, slug
 from epitaxy.bench.outcome import AVERAGE, CHOSEN, CHOSEN_COLUMNS, Outcome, averages, chosen_lines, legend
+from epitaxy.bench.paired import caption, difference_tables
 from epitaxy.core.storage import write_atomically
 from epitaxy.report import build_comparison
 from epitaxy.report.charts import Mark, Series, line_chart, point_chart
@@ -38,6 +39,7 @@ def build_page(
         curves=curves(grid, outcomes),
         sizes=[(name, _sizes(name, outcomes)) for name in columns if name != AVERAGE and _finished(name, outcomes)],
         runs=[(one, [(run, _link(run, out)) for run in one.runs]) for one in outcomes],
+        differences=[(caption(against), names, lines) for against, names, lines in difference_tables(grid, outcomes)],
         chosen=chosen_lines(outcomes),
         chosen_legend=CHOSEN,
         chosen_columns=CHOSEN_COLUMNS,

@@ -182,11 +182,12 @@ def _tried(option: Mapping[str, Any]) -> str:
     return NOTHING if option["score"] is None else f"{option['score']:.4f}"
 
 
-def markdown(grid: Grid, outcomes: Sequence[Outcome], failures: Mapping[str, str]) -> str:
-    """The table as a page of Markdown."""
+def markdown(grid: Grid, outcomes: Sequence[Outcome], failures: Mapping[str, str], further: Sequence[str] = ()) -> str:
+    """The table as a page of Markdown, with ``further`` parts below it."""
     columns, rows = lines(grid, outcomes)
     names = ["method", *columns[1:]]
     parts = [f"# {grid.title}", legend(outcomes), table([dict(zip(names, row, strict=True)) for row in rows])]
+    parts += further
     chosen = chosen_lines(outcomes)
     if chosen:
         parts += [CHOSEN, table([dict(zip(CHOSEN_COLUMNS, line, strict=True)) for line in chosen])]

@@ -110,14 +110,16 @@ def _scored(grid: Grid, result: dict[str, Any]) -> str:
 def _write(file: Path, grid: Grid, cells: Sequence[Cell], failures: dict[str, str], out: Path, json: bool) -> None:
     from epitaxy.bench.grid_page import build_page
     from epitaxy.bench.outcome import as_json, legend, lines, markdown, outcome
+    from epitaxy.bench.paired import caption, difference_tables, markdown_tables, paired
     from epitaxy.cli.console import say, say_json, table
     from epitaxy.core.storage import write_atomically
     from epitaxy.train.run_directory import write_json
 
     outcomes = [outcome(cell, grid.metric) for cell in cells]
     found = as_json(file, grid, outcomes, failures)
+    found["paired"] = [one.to_dict() for one in paired(grid, outcomes)]
     write_json(out / JSON, found)
-    write_atomically(out / MARKDOWN, markdown(grid, outcomes, failures).encode())
+    write_atomically(out / MARKDOWN, markdown(grid, outcomes, failures, markdown_tables(grid, outcomes)).encode())
     page = build_page(grid, outcomes, failures, out)
     if json:
         say_json(found)
@@ -126,6 +128,9 @@ def _write(file: Path, grid: Grid, cells: Sequence[Cell], failures: dict[str, st
     say(f"\n{grid.title}")
     table(columns, rows, columns[1:])
     say(legend(outcomes))
+    for against, names, differences in difference_tables(grid, outcomes):
+        say(f"\n{caption(against)}")
+        table(names, differences, names[1:])
     say(f"{out / JSON}, {out / MARKDOWN}, {page}")
 
 

@@ -11,7 +11,7 @@ import typer
 from epitaxy.cli import arguments
 
 if TYPE_CHECKING:
-    from epitaxy.train.plan import Plan
+    from epitaxy.train.plan import Objective, Plan
 
 
 def command(
@@ -59,6 +59,7 @@ def _print(plan: Plan) -> None:
             ("trains", f"{plan.trained_parameters:,} parameters, {share:.2%} of the base's number"),
             ("stores", f"{plan.stored_parameters:,} values, {plan.file_bytes:,} bytes ({size(plan.file_bytes)})"),
             ("steps", f"{plan.steps:,}"),
+            *([("objective", _objective(plan.objective))] if plan.objective else []),
         ]
     )
     say("places")
@@ -71,6 +72,13 @@ def _print(plan: Plan) -> None:
     say("exports")
     for export in plan.exports:
         say(f"  {export.name}: {'yes' if export.possible else 'no'}" + (f", {export.reason}" if export.reason else ""))
+
+
+def _objective(objective: Objective) -> str:
+    return (
+        f"{objective.title}; about {objective.work:.3g} times the work and {objective.activations:.3g} times the "
+        "activations of a plain step"
+    )
 
 
 def _front_end(settings: Mapping[str, Any]) -> str:

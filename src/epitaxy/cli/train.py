@@ -56,6 +56,11 @@ def _summary(result: dict[str, Any]) -> None:
             ),
             ("trained", f"{result['trained_parameters']:,} parameters; the base has {result['base']['parameters']:,}"),
             ("file", f"{result['file']}, {size(result['file_bytes'])}"),
+            *([("skipped", _skipped(result))] if result.get("skipped_steps") else []),
             ("time", f"{seconds(result['train_seconds'])} training, {seconds(result['seconds'])} in all"),
         ]
     )
+
+
+def _skipped(result: dict[str, Any]) -> str:
+    return f"{result['skipped_steps']:,} of {result['steps']:,} steps, whose loss or gradient was not finite"

@@ -29,6 +29,8 @@ class Spot:
 
     ``path`` is the module whose output is the role's output; ``entry`` the module that receives the role's input,
     where that is another one (BERT's feed-forward enters at ``intermediate`` and leaves at ``output.dense``);
+    ``stream`` the module that receives the residual stream on its way to a sub-layer: the norm before it, or, where the
+    norm comes after the sum, the entry itself; None where it is not known or arranged in another way (windows);
     ``causal`` says of a block that its tokens see no later ones.
     """
 
@@ -38,6 +40,7 @@ class Spot:
     heads: int | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
     causal: bool = False
+    stream: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,37 @@ def _add_block(
         if role.endswith(".core") or path not in modules or (entry is not None and entry not in modules):
             continue
         inner = _attention_parts(role, block, layout, modules) if role in ("attention", "cross_attention") else {}
-        roles.setdefault(role, []).append(Spot(path, layer, entry, heads, inner))
+        stream = _stream(role, block, layout, modules)
+        roles.setdefault(role, []).append(Spot(path, layer, entry, heads, inner, stream=stream))
+
+
+def _stream(role: str, block: str, layout: Layout, modules: dict[str, nn.Module]) -> str | None:
+    """Path of the module that the residual stream enters on its way to a sub-layer."""
+    norm = layout.parts.get(f"norm.{role}")
+    if norm is None or f"{block}.{norm.exit}" not in modules:
+        return None
+    if role == "attention" and _in_windows(modules[block]):
+        return None
+    first = _norms_first(modules[block], layout)
+    entry = layout.parts[role].entry or layout.parts[role].exit
+    return None if first is None else f"{block}.{norm.exit if first else entry}"
+
+
+def _norms_first(block: nn.Module, layout: Layout) -> bool | None:
+    """Whether the norms of a block stand before its sub-layers; None where the block's class does not show it.
+
+    Where models of both kinds share a structure, the order in which the block's code names its attention and the norm
+    of its attention decides (OPT has a switch).
+    """
+    if layout.norms != "either":
+        return layout.norms == "before"
+    switch = getattr(block, "do_layer_norm_before", None)
+    if isinstance(switch, bool):
+        return switch
+    code = getattr(inspect.unwrap(type(block).forward), "__code__", None)
+    names = code.co_names if code is not None else ()
+    attention, norm = (layout.parts[role].exit.partition(".")[0] for role in ("attention", "norm.attention"))
+    return names.index(norm) < names.index(attention) if {attention, norm} <= set(names) else None
 
 
 def _attention_parts(role: str, block: str, layout: Layout, modules: dict[str, nn.Module]) -> dict[str, str]:
@@ -351,9 +384,13 @@ def _special_tokens(modules: dict[str, nn.Module], blocks: list[tuple[str, Layou
 def _grid_obstacle(modules: dict[str, nn.Module], blocks: list[tuple[str, Layout]]) -> str | None:
     for path, _ in blocks:
         parent = path.rpartition(".")[0].rpartition(".")[0]
-        if "windows" in type(modules[path]).__name__.lower() or hasattr(modules[path], "window_size"):
+        if _in_windows(modules[path]):
             return f"the blocks of {type(modules.get(parent, modules[path])).__name__} work on windows of a fixed grid"
     return None
+
+
+def _in_windows(block: nn.Module) -> bool:
+    return "windows" in type(block).__name__.lower() or hasattr(block, "window_size")
 
 
 def _stacks(blocks: list[tuple[str, Layout]]) -> list[str]:

@@ -155,6 +155,22 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     del model.__dict__[RECORD]
 
 
+def rename(model: nn.Module, name: str, new: str) -> None:
+    """Give an adapter another name; raises ``StateError`` for a name in use or one that no adapter may have."""
+    record = require(model, name)
+    _check_name(new, record)
+    if name in record.state.merged:
+        raise StateError(f"adapter {name!r} is merged into the base; unmerge it first")
+    adapter = record.adapters[name]
+    for path in {piece.path for piece in adapter.pieces}:
+        slot = unwrap(model).get_submodule(path)._modules["epitaxy"]
+        assert slot is not None
+        slot._modules[new] = slot._modules.pop(name)
+    record.adapters = {new if key == name else key: value for key, value in record.adapters.items()}
+    record.state.active = tuple(new if key == name else key for key in record.state.active)
+    adapter.name = new
+
+
 def activate(model: nn.Module, name: str | Sequence[str] | None) -> None:
     """Switch to one adapter, to several at once (applied in the given order), or to the bare base (None).
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
-from epitaxy.core.errors import SiteError
+from epitaxy.core.errors import SiteError, expect_one_of
 
 _PLAIN_FIELDS = ("causal", "heads", "pattern", "token_obstacle")
 _LATER_FIELDS = ("special_tokens", "final_norm")  # absent from files that were written before they existed
+Norms = Literal["before", "after", "either"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Layout:
     not a role to sit at.  ``pattern`` is a regular expression for block paths, for models whose blocks are not in a
     ``ModuleList``.  ``special_tokens`` counts the tokens that lead the sequence before its content (a class token),
     where no parameter of a known name shows them; ``final_norm`` is the full path of a norm after the last block.
+    ``norms`` says whether the norms ``norm.<role>`` stand before their sub-layers or after the residual sum, or
+    "either", where models of both kinds share the structure and the block's class decides.
     """
 
     name: str
@@ -45,11 +48,13 @@ class Layout:
     token_obstacle: str | None = None
     special_tokens: int | None = None
     final_norm: str | None = None
+    norms: Norms = "before"
     parts: Mapping[str, Part] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         parts = {role: part if isinstance(part, Part) else Part(part) for role, part in self.roles.items()}
         object.__setattr__(self, "parts", parts)
+        expect_one_of(f"norms of layout {self.name!r}", self.norms, get_args(Norms))
         try:
             re.compile(self.pattern or "")
         except re.error as error:
@@ -65,14 +70,14 @@ class Layout:
         """As plain data, for files."""
         roles = {role: [part.exit, part.entry] if part.entry else part.exit for role, part in self.parts.items()}
         rest = {key: getattr(self, key) for key in (*_PLAIN_FIELDS, *_LATER_FIELDS)}
-        return {"name": self.name, "roles": roles, "optional": sorted(self.optional), **rest}
+        return {"name": self.name, "roles": roles, "optional": sorted(self.optional), "norms": self.norms, **rest}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Layout:
         """The inverse of ``to_dict``; raises ``KeyError``, ``TypeError`` or ``ValueError`` on anything else."""
         roles = {role: part if isinstance(part, str) else Part(*part) for role, part in data["roles"].items()}
         rest = {key: data[key] for key in _PLAIN_FIELDS} | {key: data.get(key) for key in _LATER_FIELDS}
-        return cls(data["name"], roles, frozenset(data["optional"]), **rest)
+        return cls(data["name"], roles, frozenset(data["optional"]), norms=data.get("norms", "before"), **rest)
 
 
 def _layout(
@@ -82,9 +87,17 @@ def _layout(
     causal: bool = False,
     token_obstacle: str | None = None,
     special_tokens: int | None = None,
+    norms: Norms = "before",
 ) -> Layout:
-    optional_roles = frozenset(optional.split())
-    return Layout(name, roles, optional_roles, causal, token_obstacle=token_obstacle, special_tokens=special_tokens)
+    return Layout(
+        name,
+        roles,
+        frozenset(optional.split()),
+        causal,
+        token_obstacle=token_obstacle,
+        special_tokens=special_tokens,
+        norms=norms,
+    )
 
 
 def _projections(module: str, names: str, prefix: str = "attention") -> dict[str, str]:
@@ -148,6 +161,7 @@ BLOCK_LAYOUTS: tuple[Layout, ...] = (
             "norm.attention": "layer_norm",
             "norm.mlp": "final_layer_norm",
         },
+        norms="either",
     ),
     _layout(  # Whisper, BART
         "encoder-decoder layer",
@@ -164,6 +178,7 @@ BLOCK_LAYOUTS: tuple[Layout, ...] = (
         },
         optional="cross_attention cross_attention.q cross_attention.k cross_attention.v cross_attention.output "
         "norm.cross_attention",
+        norms="either",
     ),
     _layout(
         "clip",
@@ -185,6 +200,7 @@ BLOCK_LAYOUTS: tuple[Layout, ...] = (
             "norm.mlp": "output.LayerNorm",
         },
         special_tokens=1,  # its tokenizers put a class token first
+        norms="after",
     ),
     _layout(  # the audio encoder of CLAP, Swin v2
         "swin in the parts of bert",
@@ -194,6 +210,7 @@ BLOCK_LAYOUTS: tuple[Layout, ...] = (
             "norm.attention": "layernorm_before",
             "norm.mlp": "layernorm_after",
         },
+        norms="either",
     ),
     _layout(  # Wav2Vec2-Conformer, Wav2Vec2-BERT: a feed-forward on either side of attention and convolution
         "conformer",

@@ -137,6 +137,8 @@ def _mergeable(model: nn.Module, adapter: Adapter) -> list[tuple[str, Edit]]:
     edits: list[tuple[str, Edit]] = []
     for piece in adapter.pieces:
         assert isinstance(piece.module, Edit)
+        if piece.module.inert:
+            continue
         host = model.get_submodule(piece.path)
         piece.module.mergeable_into(host)
         _refuse_tied(model, host, piece.path)

@@ -19,7 +19,8 @@ class Site:
 
     ``key`` addresses the site by role and number (``attention.q.3``), independent of module paths, so that files
     survive a renaming; ``index`` and ``count`` are its position among the sites the method asked for;
-    ``hidden_width`` is the width of the model's last hidden states, ``patch`` the number of positions in a patch.
+    ``hidden_width`` is the width of the model's last hidden states, ``patch`` the number of positions in a patch,
+    ``stream`` the module that receives the residual stream on its way here.
     """
 
     key: str
@@ -40,12 +41,25 @@ class Site:
     hidden_width: int | None = None
     patch: int | None = None
     causal: bool = False
+    stream: str | None = None
 
     def require_width(self) -> int:
         """Width of the features at this site; raises ``SiteError`` where it cannot be told from the weights."""
         if self.width is None:
             raise SiteError(f"cannot tell the feature width of {self.path!r} ({type(self.module).__name__})")
         return self.width
+
+    def require_stream(self) -> str:
+        """Path of the module that receives the residual stream on its way to this sub-layer, such as its norm.
+
+        Raises ``UnsupportedError`` where none is known.
+        """
+        if self.stream is None:
+            raise UnsupportedError(
+                f"reads: at {self.path!r} no norm is known that receives the residual stream, expected a sub-layer "
+                "whose norm the layout names and that sees the tokens in the order of the stream; use reads='sublayer'"
+            )
+        return self.stream
 
     def reduced(self, rate: float) -> int:
         """Hidden width ``round(width / rate)``, halves to even as Python rounds; raises ``SiteError`` where it is 0."""
@@ -178,6 +192,7 @@ def _site(
         hidden_width=None if anatomy.last is None else width_out(modules[anatomy.last]),
         patch=_patch_size(anatomy, modules),
         causal=block is not None and block.causal,
+        stream=spot.stream,
     )
 
 

@@ -173,7 +173,7 @@ def _assemble(parts: list[tuple[Tensor, Tensor]], y: Tensor) -> Tensor:
 
 
 def _stackable(edit: Delta) -> bool:
-    return edit.factors()[0] is edit.down and not (edit.dropout and edit.training)
+    return edit.own and not (edit.dropout and edit.training)
 
 
 def _put(x: Tensor, members: Tensor, rows: Tensor) -> Tensor:

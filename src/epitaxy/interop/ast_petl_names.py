@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from epitaxy.core.adapter import Adapter, Piece
 from epitaxy.core.edits import Branch, Delta, JointKV, PooledHead, Swap, Tokens
@@ -232,13 +232,16 @@ def _links_of(piece: Piece, names: Mapping[str, str], style: Style) -> Iterator[
         for ours in edit.names:
             yield Link(f"{key}.{ours}", (f"{place}.{ours}",))
     elif isinstance(edit, Branch) and layer and piece.role in SIDES.values():
-        yield from _branch_links(edit.module, f"{key}.module", layer, piece.role, style)
+        yield from _branch_links(edit, f"{key}.module", layer, piece.role, style)
 
 
-def _branch_links(module: Any, key: str, layer: str, role: str, style: Style) -> Iterator[Link]:
+def _branch_links(edit: Branch, key: str, layer: str, role: str, style: Style) -> Iterator[Link]:
+    module = edit.module
     word = next(word for word, side in SIDES.items() if side == role)
     adapter = f"{layer}adapter_module" + ("" if style.single else f"_{word}")
     if isinstance(module, TwoLayerMLP):
+        if edit.reads == "stream" or module.norm is not None or isinstance(edit.scale, nn.Parameter):
+            return  # the published adapter has neither
         for ours, theirs in BOTTLENECK.items():
             for leaf in ("weight", "bias"):
                 yield Link(f"{key}.{ours}.{leaf}", (f"{adapter}.{theirs}.{leaf}",))

@@ -70,8 +70,7 @@ def _gather(model: nn.Module, adapter: Adapter) -> Content:
         host, edit = model.get_submodule(piece.path), piece.module
         if isinstance(edit, Delta):
             _refuse_host(adapter.name, piece, model)
-            own = edit.factors()[0] is edit.down
-            down, up = (values[f"{piece.key}.down"], values[f"{piece.key}.up"]) if own else edit.factors()
+            down, up = (values[f"{piece.key}.down"], values[f"{piece.key}.up"]) if edit.own else edit.factors()
             stacks.setdefault(piece.path, []).append((down.detach(), up.detach(), edit.scale))
         elif isinstance(edit, Replace):
             head = {key: values[f"{piece.key}.linear.{key}"] for key, _ in edit.linear.named_parameters()}

@@ -1,8 +1,9 @@
 """Bottleneck adapters: a two-layer network beside, after or before a sub-layer.
 
 Houlsby et al. 2019 (1902.00751): after attention and feed-forward; Pfeiffer et al. 2020 (2005.00247): after the
-feed-forward only; He et al. 2021 (2110.04366): parallel to it, with a scale; Cappellazzo et al. 2024 (2312.03694):
-all of these on audio spectrogram transformers.
+feed-forward only; He et al. 2021 (2110.04366): parallel to it, with a scale; Chen et al. 2022 (2205.13535): parallel to
+the norm and the feed-forward of vision transformers; Cappellazzo et al. 2024 (2312.03694): on audio spectrogram
+transformers.
 """
 
 from __future__ import annotations
@@ -15,19 +16,32 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.edits import Edit, Insertion, Order
-from epitaxy.core.edits.edit import linear
+from epitaxy.core.edits import Edit, Insertion, Order, Reads, Scale
+from epitaxy.core.edits.edit import cast, linear
 from epitaxy.core.errors import EpitaxyError, expect_dropout, expect_one_of
+from epitaxy.core.hidden_units import HiddenUnits
 from epitaxy.core.registry import declare, method
 from epitaxy.core.sites import Site
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 Activation = Literal["relu", "gelu", "silu"]
 Init = Literal["kaiming", "legacy_normal", "legacy_zeros"]
+Norm = Literal["none", "layer"]
+NORM_EPS = 1e-6
+
+
+def normalised(norm: nn.LayerNorm | None, x: Tensor) -> Tensor:
+    """``norm(x)`` in the type of ``x``; ``x`` itself without a norm."""
+    if norm is None:
+        return x
+    return F.layer_norm(x, norm.normalized_shape, cast(norm.weight, x), cast(norm.bias, x), norm.eps)
 
 
 class TwoLayerMLP(nn.Module):
-    """``up(activation(down(x)))``; ``down`` starts Kaiming-uniform by default, ``up`` and all biases at zero."""
+    """``up(activation(down(x)))``; ``down`` starts Kaiming-uniform by default, ``up`` and all biases at zero.
+
+    With ``norm="layer"`` a layer norm of its own comes first, under the name ``norm``.
+    """
 
     def __init__(
         self,
@@ -37,8 +51,10 @@ class TwoLayerMLP(nn.Module):
         activation: Activation,
         dropout: float,
         init: Init = "kaiming",
+        norm: Norm = "none",
     ) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(width_in, eps=NORM_EPS) if norm == "layer" else None
         self.down = nn.Linear(width_in, bottleneck)
         self.up = nn.Linear(bottleneck, width)
         self.activation, self.dropout = activation, dropout
@@ -52,8 +68,13 @@ class TwoLayerMLP(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # b t d -> b t d
-        low = F.dropout(ACTIVATIONS[self.activation](linear(self.down, x)), self.dropout, self.training)
-        return linear(self.up, low)
+        low = ACTIVATIONS[self.activation](linear(self.down, normalised(self.norm, x)))
+        return linear(self.up, F.dropout(low, self.dropout, self.training))
+
+    def hidden_units(self) -> HiddenUnits:
+        """What it computes in evaluation, for ``fold``."""
+        down, up = self.down, self.up
+        return HiddenUnits(down.weight, down.bias, up.weight, up.bias, self.activation, self.norm)
 
 
 @method("bottleneck", cannot={"merge": "a bottleneck is not linear, no weight can hold it"})
@@ -61,7 +82,9 @@ class TwoLayerMLP(nn.Module):
 class Bottleneck:
     """A hidden layer of ``bottleneck`` units, or of the site's width divided by ``reduction`` and rounded.
 
-    ``order`` and ``residual`` put the adapter beside, after or before the sub-layer (``core/edits/insertion.py``).
+    ``order`` and ``residual`` put the adapter beside, after or before the sub-layer; a parallel one with
+    ``reads="stream"`` sees the residual stream before the sub-layer's norm (``core/edits/insertion.py``).
+    ``norm="layer"`` puts a layer norm of its own in front; ``scale="learned"`` trains the factor, from 1.
     ``init="kaiming"`` starts with ``up`` at zero.  The published starts: "legacy_normal", what the released code of
     2312.03694 really ran (a normal distribution of deviation 0.02, cut off, for both matrices), and "legacy_zeros",
     what it says (both zero, so that nothing but the last bias ever gets a gradient).
@@ -72,7 +95,9 @@ class Bottleneck:
     reduction: float | None = None
     order: Order = "parallel"
     residual: bool | None = None
-    scale: float = 1.0
+    norm: Norm = "none"
+    reads: Reads = "sublayer"
+    scale: Scale = 1.0
     activation: Activation = "relu"
     dropout: float = 0.0
     init: Init = "kaiming"
@@ -84,6 +109,7 @@ class Bottleneck:
         expect_dropout(self.dropout)
         expect_one_of("activation", self.activation, ACTIVATIONS)
         expect_one_of("init", self.init, get_args(Init))
+        expect_one_of("norm", self.norm, get_args(Norm))
         departs = "both matrices start random" if self.init == "legacy_normal" else self.insertion.departs
         if departs is not None:
             declare(self, "identity", departs)
@@ -91,7 +117,7 @@ class Bottleneck:
     @property
     def insertion(self) -> Insertion:
         """How the adapter stands to its sub-layer."""
-        return Insertion(self.order, self.residual)
+        return Insertion(self.order, self.residual, self.reads)
 
     @classmethod
     def houlsby(cls, bottleneck: int = 64) -> Bottleneck:
@@ -108,8 +134,27 @@ class Bottleneck:
         """One adapter in a block, beside the feed-forward, scaled."""
         return cls(at="mlp", bottleneck=bottleneck, order="parallel", scale=scale)
 
+    @classmethod
+    def adaptformer(
+        cls, bottleneck: int = 64, scale: Scale = 0.1, dropout: float = 0.1, activation: Activation = "gelu"
+    ) -> Bottleneck:
+        """One adapter in a block, from the residual stream before the norm to the feed-forward's output, scaled.
+
+        It has a norm of its own.  Published with ReLU; with the activation of the model's feed-forward, the exact GELU
+        of most vision transformers, it can be folded into it.
+        """
+        return cls(
+            at="mlp",
+            bottleneck=bottleneck,
+            norm="layer",
+            reads="stream",
+            scale=scale,
+            activation=activation,
+            dropout=dropout,
+        )
+
     def edits(self, site: Site) -> Iterator[Edit]:
         hidden = self.bottleneck if self.reduction is None else site.reduced(self.reduction)
         width_in, width = self.insertion.width_in(site), site.require_width()
-        module = TwoLayerMLP(width_in, hidden, width, self.activation, self.dropout, self.init)
+        module = TwoLayerMLP(width_in, hidden, width, self.activation, self.dropout, self.init, self.norm)
         yield self.insertion.branch(module, self.scale)

@@ -52,28 +52,31 @@ class Clock(nn.Module):
         if self.automatic and self.training:
             self.now += self.now.new_tensor([1, 0, 0])
 
-    def bits(self, place: int, rows: int | None = None) -> Tensor:
+    def bits(self, place: int, rows: int | None = None, count: int | None = None, alike: bool = False) -> Tensor:
         """63 random bits as int64: one number for each pass, or with ``rows`` one for each row of the batch.
 
         Rows of several passes in one batch are numbered within their pass.  ``place`` tells draws apart that are made
-        at the same time (``place_of``).
+        at the same time (``place_of``).  ``count`` gives so many numbers in place of each, as a last dimension; with
+        ``alike`` all passes of a step draw the same.
         """
         passes = torch.arange(self.passes, device=self.now.device) + self.now[PASS]
         state = self.now.new_zeros(self.passes)
-        for value in (self.seed, place, self.rank, self.now[STEP], self.now[MICRO], passes):
+        for value in (self.seed, place, self.rank, self.now[STEP], self.now[MICRO], passes * 0 if alike else passes):
             state = _mix(state + value)
         if rows is not None:
             row = torch.arange(rows // self.passes, device=self.now.device)
             state = _mix(state.unsqueeze(1) + row).flatten()
+        if count is not None:
+            state = _mix(state.unsqueeze(1) + torch.arange(count, device=self.now.device))
         return state & 0x7FFF_FFFF_FFFF_FFFF
 
     def choose(self, count: int, place: int, rows: int | None = None) -> Tensor:
         """A number below ``count`` for each pass, or for each row."""
         return (self.bits(place, rows) >> 16) % count
 
-    def uniform(self, place: int, rows: int | None = None) -> Tensor:
-        """A float32 in [0, 1) for each pass, or for each row."""
-        return (self.bits(place, rows) >> 39).float() * 2.0**-24
+    def uniform(self, place: int, rows: int | None = None, count: int | None = None, alike: bool = False) -> Tensor:
+        """A float32 in [0, 1) for each pass, or for each row; ``count`` of them, and the same in all passes."""
+        return (self.bits(place, rows, count, alike) >> 39).float() * 2.0**-24
 
     def extra_repr(self) -> str:
         return f"seed={self.seed}"
@@ -105,6 +108,7 @@ class Ticker(Edit):
     """Sits on the model itself and moves its adapter's clock at every forward pass in training."""
 
     rowwise = False
+    inert = True
     acts_before = True
     acts_after = False
 
@@ -129,12 +133,14 @@ def clocks(model: nn.Module) -> list[Clock]:
 
 @contextmanager
 def at_step(model: nn.Module, step: int, micro: int = 0, number: int = 0, passes: int = 1) -> Iterator[None]:
-    """Inside the ``with`` block every clock of ``model`` stands at this step and pass."""
-    found = clocks(model)
-    for clock in found:
+    """Inside the ``with`` block every clock of ``model`` stands at this step and pass; such blocks may be nested."""
+    before = [(clock, clock.automatic, clock.passes, clock.now.clone()) for clock in clocks(model)]
+    for clock, *_ in before:
         clock.set(step, micro, number, passes)
     try:
         yield
     finally:
-        for clock in found:
-            clock.release()
+        for clock, automatic, several, now in before:
+            clock.automatic, clock.passes = automatic, several
+            if not automatic:
+                clock.now.copy_(now)

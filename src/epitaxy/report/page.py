@@ -82,6 +82,8 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Seed", str(result["seed"])),
         ("Steps", _steps(result)),
     ]
+    if result.get("objective"):
+        facts.append(("Objective", str(result["objective"])))
     if result["method"] == "full fine-tuning":
         facts[1] = ("Base", f"{base['source']} ({base['class']}, {base['parameters']:,} parameters, all trained)")
     if data["skipped"]:
@@ -107,6 +109,8 @@ def _steps(result: Mapping[str, Any]) -> str:
     text = f"{result['steps']:,}"
     if result["validation"]["step"] is not None:
         text += f", the best on validation after {result['validation']['step']:,}"
+    if result.get("skipped_steps"):
+        text += f", {result['skipped_steps']:,} skipped because loss or gradient was not finite"
     return text + (", stopped early" if result["stopped_early"] else "")
 
 

@@ -131,7 +131,11 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of a batch."""
-        return F.cross_entropy(self.logits(model, batch).float(), batch["labels"], label_smoothing=self.label_smoothing)
+        return self.criterion(self.logits(model, batch), batch)
+
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the scores of a batch, in fp32."""
+        return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=self.label_smoothing)
 
     def evaluate(
         self, model: nn.Module, dataset: Examples, batch_size: int = 64, group: Group | None = None

@@ -29,6 +29,7 @@ from epitaxy.train.recipe import Recipe
 from epitaxy.train.run import method_title
 from epitaxy.train.session import check_metric
 from epitaxy.train.tracking import check_trackers
+from epitaxy.train.trainable import objective_for
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,15 @@ class Time:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What replaces the plain loss: work and activations as multiples of a plain step's."""
+
+    title: str
+    work: float
+    activations: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything ``epitaxy plan`` prints."""
 
@@ -85,6 +95,7 @@ class Plan:
     places: tuple[str, ...]
     data: Mapping[str, Any]
     steps: int
+    objective: Objective | None
     merge: Ability
     exports: tuple[Ability, ...]
     memory: Memory
@@ -106,7 +117,9 @@ def plan(recipe: Recipe, measure: bool = True) -> Plan:
     steps = count_steps(recipe.train, len(splits.train))
     stored, size, exports = _stored(model, adapter, recipe.name)
     mergeable = _merges(model, adapter)
-    measured = probe(ready, recipe.train) if measure else None
+    objective_for(adapter, recipe.objective)  # refuses what would be refused
+    objective = _objective(recipe)
+    measured = probe(ready, recipe.train, recipe.objective) if measure else None
     own = {id(parameter) for parameter in adapter.parameters()} if adapter is not None else {id(p) for p in trained}
     bytes_trained = sum(p.numel() * p.element_size() for p in trained)
     memory = Memory(
@@ -114,7 +127,7 @@ def plan(recipe: Recipe, measure: bool = True) -> Plan:
         trained=bytes_trained,
         gradients=bytes_trained,
         optimizer=2 * bytes_trained,  # AdamW keeps two moments of each parameter
-        activations=measured.activations if measured else None,
+        activations=round(measured.activations * (objective.activations if objective else 1)) if measured else None,
     )
     return Plan(
         title=method_title(recipe),
@@ -135,12 +148,18 @@ def plan(recipe: Recipe, measure: bool = True) -> Plan:
             FRONT_END: settings_of(ready.task),
         },
         steps=steps,
+        objective=objective,
         merge=mergeable,
         exports=exports,
         memory=memory,
         time=_time(measured, recipe, ready, steps) if measured else None,
         device=str(next(model.parameters()).device),
     )
+
+
+def _objective(recipe: Recipe) -> Objective | None:
+    found = recipe.objective
+    return None if found is None else Objective(str(found), found.cost(not recipe.full), found.memory)
 
 
 def _merges(model: nn.Module, adapter: Adapter | None) -> Ability:

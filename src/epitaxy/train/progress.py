@@ -70,6 +70,7 @@ class Progress:
 def describe(record: Mapping[str, Any]) -> str:
     """The numbers of a log line that a person follows."""
     parts = [f"loss {record['loss']:.4f}"] if isinstance(record.get("loss"), float) else []
+    parts += [f"skipped {record['skipped_steps']}"] if record.get("skipped_steps") else []
     scores = [
         f"{key.removeprefix('validation_')} {value:.4f}"
         for key, value in record.items()

@@ -69,7 +69,7 @@ def run(recipe: Recipe, splits: Splits | None = None, progress: bool = True) -> 
             if leads():
                 claim(recipe)
                 write_json(out / run_directory.ENVIRONMENT, describe_environment())
-            trained = _train(recipe, ready, out, progress)
+            trained = train_prepared(recipe, ready, out, progress)
             if leads():
                 _finish(recipe, ready, trained, out, began)
             processes.wait_for_everyone()
@@ -79,10 +79,11 @@ def run(recipe: Recipe, splits: Splits | None = None, progress: bool = True) -> 
     return result
 
 
-def _train(recipe: Recipe, ready: Prepared, out: Path, progress: bool) -> TrainResult:
+def train_prepared(recipe: Recipe, ready: Prepared, out: Path, progress: bool = True) -> TrainResult:
+    """Train what ``prepare`` built; without validation data (protocol final) the last step is what is kept."""
     model, splits = ready.opened.model, ready.splits
-    validation = splits.validation if len(splits.validation) else None  # protocol final: the last step is tested
-    return train(model, ready.adapter, ready.task, splits.train, validation, recipe.train, out, progress=progress)
+    data = (splits.train, splits.validation if len(splits.validation) else None)
+    return train(model, ready.adapter, ready.task, *data, recipe.train, out, recipe.objective, progress=progress)
 
 
 def _finish(recipe: Recipe, ready: Prepared, trained: TrainResult, out: Path, began: float) -> None:
@@ -161,7 +162,9 @@ def _result(recipe: Recipe, ready: Prepared, trained: TrainResult, tested: Metri
         "test": tested.scalars(),
         **_by_group(splits, tested),
         "validation": {"metric": recipe.train.metric, "best": trained.best_metric, "step": trained.best_step},
+        "objective": None if recipe.objective is None else str(recipe.objective),
         "steps": trained.steps,
+        "skipped_steps": trained.skipped_steps,
         "stopped_early": trained.stopped_early,
         "trained_parameters": trained.trained_parameters,
         "stored_parameters": base if adapter is None else sum(t.numel() for t in adapter.tensors().values()),

@@ -1,11 +1,11 @@
 """The five kinds of edit to a frozen model: Branch, Delta, Tokens, KV and Swap."""
 
-from epitaxy.core.edits.branch import Branch
+from epitaxy.core.edits.branch import Branch, Scale
 from epitaxy.core.edits.delta import Delta
 from epitaxy.core.edits.edit import Edit
 from epitaxy.core.edits.grid import Grid, GridTap, grid_at
 from epitaxy.core.edits.head import PooledHead, Replace
-from epitaxy.core.edits.insertion import Insertion, Order
+from epitaxy.core.edits.insertion import Insertion, Order, Reads
 from epitaxy.core.edits.kv import DecoupledKV, JointKV
 from epitaxy.core.edits.swap import Swap
 from epitaxy.core.edits.tap import Tap
@@ -22,7 +22,9 @@ __all__ = [
     "JointKV",
     "Order",
     "PooledHead",
+    "Reads",
     "Replace",
+    "Scale",
     "Swap",
     "Tap",
     "Tokens",

@@ -5,41 +5,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor, nn
 
-from epitaxy.core.edits.edit import Edit
+from epitaxy.core.edits.edit import Edit, cast
 from epitaxy.core.edits.tap import Memo, Tap
 from epitaxy.core.errors import SiteError, UnsupportedError
 
 if TYPE_CHECKING:
     from epitaxy.core.sites import Site
 
+Scale = float | Literal["learned"]
+
 
 class Branch(Edit):
     """``output + scale * module(input)`` (parallel) or ``output + scale * module(output)`` (sequential).
 
     ``reads="input"`` sees what enters the sub-layer, even where a model enters it at another module than it leaves
-    it.  ``keep=False`` drops the tensor that the branch is written to: the host's output is replaced.
-    ``writes="input"`` changes what the host receives instead; ``writes="both"`` adds the result to the host's output
-    too.  ``residual`` adds what the module reads to its result.  ``module`` maps ``... width_in`` to ``... width``;
-    one that starts at zero gives an identity start.  ``taps`` are pieces without parameters on other modules, as
-    (path, edit), that the module needs.
+    it; "stream" the residual stream on its way there, before the norm.  ``keep=False`` drops the tensor that the branch
+    is written to: the host's output is replaced.  ``writes="input"`` changes what the host receives instead;
+    ``writes="both"`` adds the result to the host's output too.  ``residual`` adds what the module reads to its result.
+    ``scale="learned"`` trains one number that starts at 1, kept as ``scale`` of shape (1,).  ``module`` maps ``...
+    width_in`` to ``... width``; one that starts at zero gives an identity start.  ``taps`` are pieces without
+    parameters on other modules, as (path, edit), that the module needs.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        reads: Literal["input", "output"] = "output",
+        reads: Literal["input", "output", "stream"] = "output",
         writes: Literal["input", "output", "both"] = "output",
         keep: bool = True,
-        scale: float = 1.0,
+        scale: Scale = 1.0,
         residual: bool = False,
         taps: Sequence[tuple[str, Edit]] = (),
     ) -> None:
         super().__init__()
-        if reads == "output" and writes != "output":
-            raise SiteError("a branch cannot write into the input what it reads from the output")
-        self.module, self.reads, self.writes, self.keep, self.scale = module, reads, writes, keep, float(scale)
+        if reads != "input" and writes != "output":
+            raise SiteError(f"a branch cannot write into the input what it reads from the {reads}")
+        self.module, self.reads, self.writes, self.keep = module, reads, writes, keep
+        self.scale: float | nn.Parameter = nn.Parameter(torch.ones(1)) if scale == "learned" else float(scale)
         self.residual = residual
         self.acts_before, self.acts_after = writes != "output", writes != "input"
         self.memo: Memo | None = Memo() if writes == "both" else None
@@ -61,12 +66,15 @@ class Branch(Edit):
             yield entry or site.path, self
             return
         yield site.path, self
+        if self.reads == "stream":
+            entry = site.require_stream()
+            entry = entry if entry != site.path else None
         if entry is None:
             return
         if self.writes == "both":
             self.acts_before = False
             yield entry, Entry(self)
-        elif self.reads == "input":
+        elif self.reads in ("input", "stream"):
             self.memo = Memo()
             yield entry, Tap(self.memo, reads="input")
 
@@ -84,22 +92,35 @@ class Branch(Edit):
         if self.writes == "both":
             assert self.memo is not None
             return y + self.memo.take().to(y.dtype)
-        source = x if self.reads == "input" else y
+        source = y if self.reads == "output" else x
         if self.memo is not None:
+            if self.reads == "stream" and self.memo.value is None:
+                raise UnsupportedError(
+                    "reads: the norm that the layout names for this sub-layer did not run before it, so the residual "
+                    "stream is not known; give a layout whose `norms` say 'after', or use reads='sublayer'"
+                )
             source = self.memo.take()
             source = source if members is None else source[members]
+        if self.reads == "stream" and source.shape[:-1] != y.shape[:-1]:
+            raise UnsupportedError(
+                f"reads: the residual stream has the shape {tuple(source.shape)}, the sub-layer gives "
+                f"{tuple(y.shape)}, so that an adapter on one cannot be added to the other; use reads='sublayer'"
+            )
         change = self._result(source).to(y.dtype)
         return y + change if self.keep else change
 
     def _result(self, source: Tensor) -> Tensor:
         result: Tensor = self.module(source)
-        if self.scale != 1.0:
+        if isinstance(self.scale, nn.Parameter):
+            result = result * cast(self.scale, result)
+        elif self.scale != 1.0:
             result = result * self.scale
         return result + source if self.residual else result
 
     def extra_repr(self) -> str:
         residual = ", residual" if self.residual else ""
-        return f"reads={self.reads!r}, writes={self.writes!r}, keep={self.keep}, scale={self.scale:g}{residual}"
+        scale = "learned" if isinstance(self.scale, nn.Parameter) else f"{self.scale:g}"
+        return f"reads={self.reads!r}, writes={self.writes!r}, keep={self.keep}, scale={scale}{residual}"
 
 
 class Entry(Edit):

@@ -65,16 +65,26 @@ class Delta(Edit):
         self._members = members
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The tensors in use: bound ones, else the parameters."""
+        """The tensors in use, and those that a merge writes: bound ones, else the parameters."""
         return self._bound if self._bound is not None else (self.down, self.up)
 
-    def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def factors_for(self, rows: int) -> tuple[Tensor, Tensor]:
+        """The tensors for a call on so many rows; a leading dimension is of rows, or of equal groups of them."""
+        return self.factors()
+
+    @property
+    def own(self) -> bool:
+        """Whether the next call uses the parameters as they are."""
         down, up = self.factors()
+        return down is self.down and up is self.up
+
+    def after(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        down, up = self.factors_for(x.shape[0])
         members, self._members = self._members, None
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         if up.dim() == 3:
-            if members is not None:
+            if members is not None and self._bound is not None:
                 down, up = down[members], up[members]
             return add_per_row(host, x, y, down, up * self.scale)
         if isinstance(host, Convolution):
@@ -114,16 +124,18 @@ def _pointwise(low: Tensor, up: Tensor) -> Tensor:
 
 
 def add_per_row(host: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Add another low-rank change to every row; ``down``: b r in, ``up``: b out r."""
+    """Add another low-rank change to every row, or group of rows; ``down``: b r in, ``up``: b out r."""
     down, up = cast(down, x), cast(up, y)
     if isinstance(host, Convolution):
+        times = x.shape[0] // down.shape[0]
+        down, up = (down, up) if times == 1 else (factor.repeat_interleave(times, dim=0) for factor in (down, up))
         low = torch.stack([host._conv_forward(row, weight, None) for row, weight in zip(x, down, strict=True)])
         flat = low.flatten(2)  # b r positions
         return y + torch.bmm(up, flat.to(up.dtype)).view(y.shape)
-    if x.dim() == 2:
+    if x.dim() == 2 and x.shape[0] == down.shape[0]:
         low = torch.bmm(down, x.unsqueeze(2))  # b r 1
         return y + torch.bmm(up, low.to(up.dtype)).squeeze(2)
-    rows = x.reshape(x.shape[0], -1, x.shape[-1])  # b t in
+    rows = x.reshape(down.shape[0], -1, x.shape[-1])  # b t in
     low = torch.bmm(rows, down.transpose(1, 2)).to(up.dtype)  # b t r
     return torch.baddbmm(y.reshape(rows.shape[0], -1, y.shape[-1]), low, up.transpose(1, 2)).view(y.shape)
 

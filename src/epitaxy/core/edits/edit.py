@@ -24,12 +24,14 @@ class Edit(nn.Module):
     An edit acts on the host's input (``before``), on its output (``after``), or both.  Both see one tensor whose
     first dimension runs over rows, so that the caller can send each row through another adapter.  Edits that need
     the whole call (masks, caches) set ``rowwise`` to False and override ``rewrite_input`` and ``rewrite_output``;
-    among those on one host, the ``late`` ones rewrite the output last.
+    among those on one host, the ``late`` ones rewrite the output last.  ``inert`` ones change nothing that is
+    computed, so that a merge leaves them out.
     """
 
     rowwise: ClassVar[bool] = True
     late: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
+    inert: ClassVar[bool] = False
     acts_before: bool = False
     acts_after: bool = True
     exclusive: ClassVar[bool] = False

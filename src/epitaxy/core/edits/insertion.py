@@ -7,6 +7,9 @@ output is
 - sequential: ``s A(F(n))``, which *replaces* the output, with a residual ``s A(F(n)) + F(n)``;
 - before: ``F(v) + v`` with ``v = s A(n)``, with a residual ``v = s A(n) + n``.
 
+A parallel branch may read the residual stream instead, as it is before the norm in front of the sub-layer (AdaptFormer,
+Chen et al. 2022, 2205.13535): ``reads="stream"`` puts ``h`` in place of ``n`` in ``A(n)``.
+
 The residual always adds what the branch reads to its result.  A branch that reads the output and is added to it
 ("parallel after") is the sequential one with a residual, so it has no name of its own.
 """
@@ -19,23 +22,31 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from epitaxy.core.edits.branch import Branch
+from epitaxy.core.edits.branch import Branch, Scale
 from epitaxy.core.edits.edit import Edit
-from epitaxy.core.errors import SiteError, expect_one_of
+from epitaxy.core.errors import EpitaxyError, SiteError, expect_one_of
 from epitaxy.core.sites import Site
 
 Order = Literal["parallel", "sequential", "before"]
+Reads = Literal["sublayer", "stream"]
 
 
 @dataclass(frozen=True)
 class Insertion:
-    """One of the patterns above; ``residual=None`` means the recommended one, with a residual iff sequential."""
+    """One of the patterns above; ``residual=None`` means the recommended one, with a residual iff sequential.
+
+    ``reads="sublayer"`` sees what the sub-layer receives or gives, "stream" the residual stream that leads to it.
+    """
 
     order: Order = "parallel"
     residual: bool | None = None
+    reads: Reads = "sublayer"
 
     def __post_init__(self) -> None:
         expect_one_of("order", self.order, get_args(Order))
+        expect_one_of("reads", self.reads, get_args(Reads))
+        if self.reads == "stream" and self.order != "parallel":
+            raise EpitaxyError(f"reads: 'stream' needs the order 'parallel', found the order {self.order!r}")
         if self.residual is None:
             object.__setattr__(self, "residual", self.order == "sequential")
 
@@ -45,7 +56,7 @@ class Insertion:
         if self.order == "before":
             return "the sub-layer receives the adapter's result in place of its input"
         if self.order == "parallel" and self.residual:
-            return "the residual adds the sub-layer's input to its output"
+            return "the residual adds what the adapter reads to the sub-layer's output"
         if self.order == "sequential" and not self.residual:
             return "without a residual the adapter's result replaces the sub-layer's output"
         return None
@@ -53,7 +64,7 @@ class Insertion:
     def width_in(self, site: Site) -> int:
         """Width of what the branch reads; raises ``SiteError`` where the pattern needs equal widths and they differ."""
         width = site.require_width()
-        if self.order == "sequential":
+        if self.order == "sequential" or self.reads == "stream":
             return width
         width_in = site.width_in or width
         if width_in != width and (self.residual or self.order == "before"):
@@ -63,11 +74,12 @@ class Insertion:
             )
         return width_in
 
-    def branch(self, module: nn.Module, scale: float = 1.0, taps: Sequence[tuple[str, Edit]] = ()) -> Branch:
+    def branch(self, module: nn.Module, scale: Scale = 1.0, taps: Sequence[tuple[str, Edit]] = ()) -> Branch:
         """The edit that inserts ``module``."""
         residual = bool(self.residual)
         if self.order == "parallel":
-            return Branch(module, reads="input", scale=scale, residual=residual, taps=taps)
+            source: Literal["input", "stream"] = "stream" if self.reads == "stream" else "input"
+            return Branch(module, reads=source, scale=scale, residual=residual, taps=taps)
         if self.order == "sequential":
             return Branch(module, reads="output", keep=residual, scale=scale, taps=taps)
         return Branch(module, reads="input", writes="both", keep=False, scale=scale, residual=residual, taps=taps)

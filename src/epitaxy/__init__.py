@@ -17,6 +17,7 @@ _PUBLIC = {
     "adapters": "epitaxy.core.host",
     "route": "epitaxy.core.host",
     "merge": "epitaxy.core.merge",
+    "fold": "epitaxy.core.fold",
     "unmerge": "epitaxy.core.merge",
     "save": "epitaxy.interop",
     "load": "epitaxy.interop",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from epitaxy.core.adapter import Adapter as Adapter
     from epitaxy.core.errors import EpitaxyError as EpitaxyError
     from epitaxy.core.explain import explain as explain
+    from epitaxy.core.fold import fold as fold
     from epitaxy.core.host import activate as activate
     from epitaxy.core.host import adapters as adapters
     from epitaxy.core.host import attach as attach

@@ -5,11 +5,15 @@ Both are the branch of MoSA without dropout: ``scale * up(gelu(down(norm(x))))``
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from epitaxy.methods.bottleneck import ACTIVATIONS
+from epitaxy.methods.mosa_module import SparseMLP
 
 Split = tuple[str, nn.Parameter, Tensor, Tensor]
 
@@ -107,3 +111,51 @@ def two_pass_loss(model: SplitBranch, x: Tensor, y: Tensor, parts: Sequence[int]
         model.draw(part)
         logits.append(model(x))
     return F.cross_entropy(logits[0], y) + sym_kl(*logits)
+
+
+class CopiedMLP(nn.Module):
+    """The published form of a ``SparseMLP`` in random elements: full copies, drawn as the module itself would draw.
+
+    ``sparse`` gives the weights, the parts and the clock; nothing of it is shared with what it leaves.
+    """
+
+    def __init__(self, sparse: SparseMLP) -> None:
+        super().__init__()
+        self.norm, self.clock = copy.deepcopy(sparse.norm), sparse.clock
+        self.dropout, self.activation = sparse.dropout, ACTIVATIONS[sparse.activation]
+        self.places = {}
+        for name, linear, parts in (
+            ("down", sparse.down, sparse.down_parts),
+            ("up", sparse.up, sparse.up_parts),
+        ):
+            if parts is not None:
+                self.places[name] = (parts.place, parts.rule.parts)
+                self.add_module(name, Copies(linear, parts.owner_map(linear.weight), parts.rule.parts))
+            else:
+                self.add_module(name, copy.deepcopy(linear))
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = {name: self.clock.choose(parts, place).tolist() for name, (place, parts) in self.places.items()}
+        passes = x.chunk(self.clock.passes)
+        return torch.cat(
+            [self._pass(part, {n: d[number] for n, d in drawn.items()}) for number, part in enumerate(passes)]
+        )
+
+    def _pass(self, x: Tensor, drawn: dict[str, int]) -> Tensor:
+        for name, part in drawn.items():
+            self.get_submodule(name).drawn = part  # type: ignore[assignment]
+        x = x if self.norm is None else self.norm(x)
+        low = F.dropout(self.activation(self.down(x)), self.dropout, self.training)
+        y: Tensor = self.up(low)
+        return y
+
+
+def copied(model: nn.Module) -> list[CopiedMLP]:
+    """Put copies in the place of every ``SparseMLP`` of a model; returns them."""
+    found = []
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, SparseMLP):
+                setattr(parent, name, CopiedMLP(child))
+                found.append(getattr(parent, name))
+    return found

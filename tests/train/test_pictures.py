@@ -137,8 +137,12 @@ def test_settings_are_shown_changed_and_refused(pictures: Path, tmp_path: Path) 
     assert differs(wanted, changed) == ["data.image.flip", "data.image.normalisation"]
     with pytest.raises(RecipeError, match=r"'data.image.normalization' is no key .*; did you mean 'normalisation'"):
         change(wanted, ["data.image.normalization=half"])
-    with pytest.raises(EpitaxyError, match=r"data.image.size: .*vit reads pictures of 16 by 16 pixels, got 24"):
-        prepare(change(wanted, ["data.image.size=24"]))
+    with pytest.raises(EpitaxyError, match=r"vit: the side of its pictures is a multiple of its patches of 8 .*got 20"):
+        prepare(change(wanted, ["data.image.size=20"]))
+    larger = prepare(change(wanted, ["data.image.size=24"]))
+    batch = larger.task.batch([larger.splits.test[0]])
+    assert batch["pixel_values"].shape == (1, 3, 24, 24)
+    assert larger.task.logits(larger.opened.model, batch).shape == (1, 2)
     (tmp_path / "texts.csv").write_text("text,label\n" + "".join(f"word {n},{'ab'[n % 2]}\n" for n in range(40)))
     with pytest.raises(EpitaxyError, match=r"data.image: is for pictures, and these data are texts; leave it out"):
         prepare(recipe(base, tmp_path / "texts.csv", tmp_path / "run", IMAGE))

@@ -18,11 +18,23 @@ from tests.train.small import small_data
 pytestmark = pytest.mark.slow
 
 
-def launch(folder: Path, out: str, processes: int, dropout: float = 0.0, stop: int = 0) -> list[Any]:
+def launch(
+    folder: Path, out: str, processes: int, dropout: float = 0.0, stop: int = 0, method: str = "lora"
+) -> list[Any]:
     """Run ``tests.train.two_processes`` and return what each process wrote down."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.train.two_processes", str(folder), out, str(dropout), str(stop)],
+        [
+            sys.executable,
+            *launcher,
+            "-m",
+            "tests.train.two_processes",
+            str(folder),
+            out,
+            str(dropout),
+            str(stop),
+            method,
+        ],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
@@ -36,10 +48,11 @@ def launch(folder: Path, out: str, processes: int, dropout: float = 0.0, stop: i
     return [] if stop else [json.loads(file.read_text()) for file in files]
 
 
-def test_two_processes_train_one_adapter_as_one_process_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "mosa"])
+def test_two_processes_train_one_adapter_as_one_process_does(tmp_path: Path, method: str) -> None:
     small_data(tmp_path / "data")
-    first, second = launch(tmp_path, "two", 2)
-    (alone,) = launch(tmp_path, "one", 1)
+    first, second = launch(tmp_path, "two", 2, method=method)
+    (alone,) = launch(tmp_path, "one", 1, method=method)
     assert first == second
     assert [line["step"] for line in first["history"]] == [2, 3, 4, 6, 8]
     assert len((tmp_path / "two" / METRICS).read_text().splitlines()) == 5
@@ -52,11 +65,20 @@ def test_two_processes_train_one_adapter_as_one_process_does(tmp_path: Path) -> 
         assert ours.get("validation_loss", 0.0) == pytest.approx(theirs.get("validation_loss", 0.0), rel=1e-3)
 
 
-def test_two_processes_resume_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "mosa-own"])
+def test_two_processes_resume_to_the_same_bits(tmp_path: Path, method: str) -> None:
     small_data(tmp_path / "data")
-    whole = launch(tmp_path, "whole", 2, dropout=0.2)
-    launch(tmp_path, "torn", 2, dropout=0.2, stop=9)
-    torn = launch(tmp_path, "torn", 2, dropout=0.2)
+    whole = launch(tmp_path, "whole", 2, dropout=0.2, method=method)
+    launch(tmp_path, "torn", 2, dropout=0.2, stop=9, method=method)
+    torn = launch(tmp_path, "torn", 2, dropout=0.2, method=method)
     assert torn[0]["resumed_at"] == 3
     for found, expected in zip(torn, whole, strict=True):
         assert {**found, "resumed_at": None} == expected
+
+
+def test_processes_that_draw_for_themselves_train_one_adapter(tmp_path: Path) -> None:
+    small_data(tmp_path / "data")
+    first, second = launch(tmp_path, "own", 2, method="mosa-own")
+    same, _ = launch(tmp_path, "same", 2, method="mosa")
+    assert first == second
+    assert first["weights"] != same["weights"]

@@ -1,6 +1,7 @@
 """One process of a distributed run on the CPU: trains, breaks off where told, and writes down what it holds.
 
-Started by ``torch.distributed.run``.  Usage: ``tests.train.two_processes FOLDER OUT DROPOUT BREAK_OFF`` (0: never).
+Started by ``torch.distributed.run``.
+Usage: ``tests.train.two_processes FOLDER OUT DROPOUT BREAK_OFF METHOD`` (break off at 0: never; METHOD of ``METHODS``).
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from epitaxy import Head, LoRA
+from epitaxy.methods.mosa import MoSA
 from epitaxy.train.loop import TrainConfig, train
 from tests.train.small import BrokenOffError, Stopping, digest, small_run, without_times
 
@@ -20,13 +23,20 @@ SETTINGS = TrainConfig(
     steps=8, batch=6, accumulate=2, learning_rate=0.02, evaluate_every=3, log_every=2, keep_best=False, clip=0.3
 )
 
+METHODS = {
+    "lora": lambda dropout: LoRA(rank=2, dropout=dropout),
+    "mosa": lambda dropout: MoSA(bottleneck=6, parts=3, split="both", dropout=dropout, scale=1.0),
+}
+
 
 def main() -> None:
     """Run one process."""
     torch.set_num_threads(1)
     folder, out, dropout, stop = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
     rank = os.environ.get("RANK", "alone")
-    method = LoRA(rank=2, dropout=dropout) + Head()
+    method, _, draws = sys.argv[5].partition("-")
+    method = METHODS[method](dropout) + Head()
+    settings = replace(SETTINGS, own_draws=draws == "own")
     model, adapter, task, splits = small_run(folder / "data", method, dropout)
     if rank == "1":  # processes may start from different draws; the first one's count
         torch.manual_seed(77)
@@ -36,7 +46,7 @@ def main() -> None:
     used = Stopping(task, stop) if stop else task
     try:
         result = train(
-            model, adapter, used, splits.train, splits.validation, SETTINGS, folder / out, progress=rank != "1"
+            model, adapter, used, splits.train, splits.validation, settings, folder / out, progress=rank != "1"
         )
     except BrokenOffError:
         os._exit(0)  # as abruptly as a failing node

@@ -8,6 +8,8 @@ row or column is a mapping of
 * ``folds`` (columns): values of ``data.fold``, over which the cell is averaged;
 * ``curve`` and ``at`` (columns): the chart this column is a point of, and its place there;
 * ``select`` (rows): as the grid's, instead of it.
+* ``metric`` and ``also`` (columns): the metric of this column, where it is another than the grid's, and further ones,
+  which get a column each.
 
 A cell's recipe is the base recipe, under the row, under the column, under the exceptions in ``cells``.
 
@@ -28,6 +30,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from epitaxy.bench.choosing import Choice, Option, Trial, described, options_of, trial_keys
 from epitaxy.core.errors import nearest
+from epitaxy.tasks.metrics import OTHER_NAMES
 from epitaxy.train.recipe import Recipe, RecipeError, Section
 from epitaxy.train.recipe_files import compose, find_recipe, own_keys, with_keys
 from epitaxy.train.strict_yaml import parse
@@ -59,6 +62,8 @@ class Column(Section):
     folds: tuple[int, ...] = ()
     curve: str | None = None
     at: float | None = None
+    metric: str | None = None
+    also: tuple[str, ...] = ()
 
 
 class Grid(Section):
@@ -110,6 +115,8 @@ class Cell:
     column: str
     runs: tuple[Planned, ...]
     published: float | None
+    metric: str = "accuracy"
+    also: tuple[str, ...] = ()
     choices: tuple[Choice, ...] = ()
 
     @property
@@ -183,7 +190,9 @@ def _cell(file: Path, grid: Grid, row: str, column: str, scoped: Sequence[tuple[
     runs = tuple(Planned(made(seed, fold), fold, seed) for fold in folds for seed in grid.seeds)
     options = _options(file, grid, row, overrides)
     choices = [Choice(fold, _tried(file, grid, fold, options, made)) for fold in folds if options]
-    return Cell(row, column, runs, grid.published.get(row, {}).get(column), tuple(choices))
+    published = grid.published.get(row, {}).get(column)
+    own_metric = grid.columns[column].metric or grid.metric
+    return Cell(row, column, runs, published, own_metric, grid.columns[column].also, tuple(choices))
 
 
 def _options(file: Path, grid: Grid, row: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
@@ -249,12 +258,23 @@ def _check(file: Path, grid: Grid) -> None:
             for column in columns:
                 if column not in grid.columns:
                     raise RecipeError(f"{file}: {what}: no column is called {column!r}{nearest(column, grid.columns)}")
+    _known(file, "metric", grid.metric)
     for name in grid.compare_with:
         if name not in grid.rows:
             raise RecipeError(f"{file}: compare_with: no row is called {name!r}{nearest(name, grid.rows)}")
     for name, column_of in grid.columns.items():
         if (column_of.curve is None) is not (column_of.at is None):
             raise RecipeError(f"{file}: columns.{name}: curve and at belong together")
+        for metric in (column_of.metric or grid.metric, *column_of.also):
+            _known(file, f"columns.{name}", metric)
+        if any(also_title(name, metric) in grid.columns for metric in column_of.also):
+            raise RecipeError(f"{file}: columns.{name}: a further metric has the name of another column")
+
+
+def _known(file: Path, place: str, metric: str) -> None:
+    """Raise for another name of a metric; a result that lacks the metric is refused when it is read."""
+    if (meant := OTHER_NAMES.get(metric.lower())) is not None:
+        raise RecipeError(f"{file}: {place}: no metric is called {metric!r}; did you mean {meant!r}?")
 
 
 def _scoped(text: str) -> tuple[str, str]:
@@ -268,6 +288,11 @@ def _matches(pattern: str, row: str, column: str) -> bool:
     if slash:
         return fnmatch.fnmatchcase(row.lower(), first) and fnmatch.fnmatchcase(column.lower(), second)
     return any(fnmatch.fnmatchcase(name.lower(), first) for name in (row, column))
+
+
+def also_title(column: str, metric: str) -> str:
+    """The name of the column of a further metric."""
+    return f"{column}, {metric.replace('_', ' ')}"
 
 
 def slug(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from epitaxy.bench.choosing import Verdict, described, judge
-from epitaxy.bench.grid import Cell, Grid
+from epitaxy.bench.grid import Cell, Grid, also_title
 from epitaxy.bench.tables import table
 from epitaxy.core.errors import EpitaxyError
 from epitaxy.report.figures import NOTHING
@@ -40,6 +40,7 @@ class Outcome:
     over_seeds: float | None
     over_folds: float | None
     published: float | None
+    metric: str = "accuracy"
     trained_parameters: int | None = None
     file_bytes: int | None = None
     train_seconds: float | None = None
@@ -62,6 +63,16 @@ class Outcome:
         """As plain data."""
         choices = [choice.to_dict() for choice in self.choices]
         return {**asdict(replace(self, choices=())), "difference": self.difference, "choices": choices}
+
+
+def outcomes_of(cells: Sequence[Cell]) -> list[Outcome]:
+    """What every cell gave in its metric, and behind it what it gave in further ones, each as a column of its own."""
+    found = []
+    for cell in cells:
+        found.append(outcome(cell, cell.metric))
+        for metric in cell.also:
+            found.append(replace(outcome(cell, metric), column=also_title(cell.column, metric), published=None))
+    return found
 
 
 def outcome(cell: Cell, metric: str) -> Outcome:
@@ -89,6 +100,7 @@ def outcome(cell: Cell, metric: str) -> Outcome:
         _spread(found, 1) if complete else None,
         _spread(found, 0) if complete else None,
         cell.published,
+        metric,
         max((result["trained_parameters"] for result in results), default=None),
         max((result["file_bytes"] for result in results), default=None),
         sum(result["train_seconds"] for result in results) if results else None,
@@ -109,7 +121,7 @@ def averages(grid: Grid, outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The mean over all columns, for each row; without a score while one is missing."""
     found = []
     for row in grid.rows:
-        own = [one for one in outcomes if one.row == row]
+        own = [one for one in outcomes if one.row == row and one.column in grid.columns]
         if not own:
             continue
         whole = len(own) == len(grid.columns)
@@ -158,7 +170,7 @@ def lines(grid: Grid, outcomes: Sequence[Outcome]) -> tuple[list[str], list[list
     """The table as text: its columns and its rows."""
     everything = [*outcomes, *(averages(grid, outcomes) if grid.average else [])]
     at = {(one.row, one.column): one for one in everything}
-    columns = [name for name in [*grid.columns, AVERAGE] if any(column == name for _, column in at)]
+    columns = list(dict.fromkeys(one.column for one in everything))
     rows = [name for name in grid.rows if any(row == name for row, _ in at)]
     return ["", *columns], [[row, *(shown(at.get((row, column))) for column in columns)] for row in rows]
 

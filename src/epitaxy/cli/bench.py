@@ -86,7 +86,7 @@ def _carry_out(
             failures[f"{cell.title}, {piece.title}"] = str(reason)
             print(f"{head}failed: {reason}", file=sys.stderr, flush=True)
         elif not json:
-            scored = _scored(grid, result)
+            scored = _scored(cell.metric, result)
             say(head + scored + (", finished before" if finished else f", {seconds(result.get('train_seconds'))}"))
 
     try:
@@ -98,10 +98,10 @@ def _carry_out(
         raise EpitaxyError(f"{len(failures)} of {total} runs failed; the same command goes on where it stopped")
 
 
-def _scored(grid: Grid, result: dict[str, Any]) -> str:
+def _scored(metric: str, result: dict[str, Any]) -> str:
     """The test score of a run, the validation score of a trial."""
     if "test" in result:
-        return f"{grid.metric} {100 * result['test'].get(grid.metric, float('nan')):.2f} %"
+        return f"{metric} {100 * result['test'].get(metric, float('nan')):.2f} %"
     if result["score"] is None:
         return f"diverged: {result['failed']}"
     return f"validation {result['metric']} {result['score']:.4f}"
@@ -109,13 +109,13 @@ def _scored(grid: Grid, result: dict[str, Any]) -> str:
 
 def _write(file: Path, grid: Grid, cells: Sequence[Cell], failures: dict[str, str], out: Path, json: bool) -> None:
     from epitaxy.bench.grid_page import build_page
-    from epitaxy.bench.outcome import as_json, legend, lines, markdown, outcome
+    from epitaxy.bench.outcome import as_json, legend, lines, markdown, outcomes_of
     from epitaxy.bench.paired import caption, difference_tables, markdown_tables, paired
     from epitaxy.cli.console import say, say_json, table
     from epitaxy.core.storage import write_atomically
     from epitaxy.train.run_directory import write_json
 
-    outcomes = [outcome(cell, grid.metric) for cell in cells]
+    outcomes = outcomes_of(cells)
     found = as_json(file, grid, outcomes, failures)
     found["paired"] = [one.to_dict() for one in paired(grid, outcomes)]
     write_json(out / JSON, found)
@@ -151,7 +151,7 @@ def _list(cells: Sequence[Cell], probe: bool, json: bool) -> None:
         row |= {"trials": len(tried), "tried": tried.count("finished")}
         row |= {"method": None, "steps": None, "trained_parameters": None, "seconds": None}
         try:
-            told = plan(cell.runs[0].recipe, measure=probe)
+            told = plan(cell.runs[0].recipe, measure=probe, progress=True)
             row |= {"method": told.title, "steps": told.steps, "trained_parameters": told.trained_parameters}
             if told.time is not None:
                 row["seconds"] = told.time.total * (len(states) - states.count("finished"))

@@ -34,6 +34,7 @@ def command(
     from epitaxy.core.errors import EpitaxyError
     from epitaxy.core.merge import merge
     from epitaxy.interop import inspect, load, save
+    from epitaxy.train.hearing import FRONT_END
     from epitaxy.train.saving import require_free, save_model, weight_bytes
 
     if parts and tolerance is not None:
@@ -53,6 +54,7 @@ def command(
         say(f"saved {out}; it opens as any adapter does")
         return
     report = merge(opened.model, loaded.name, tolerance=tolerance)
-    save_model(opened.model, opened.processor, out)
+    front_end = contents.provenance.get(FRONT_END)
+    save_model(opened.model, opened.processor, out, front_end if isinstance(front_end, dict) else None)
     say(str(report))
     say(f"saved {out} ({weight_bytes(out):,} bytes); it opens as any transformers model does, without epitaxy")

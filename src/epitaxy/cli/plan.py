@@ -35,7 +35,7 @@ def show(recipe: str, overrides: Sequence[str], probe: bool = True, json: bool =
     from epitaxy.train.recipe_files import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    found = plan(loaded, measure=probe)
+    found = plan(loaded, measure=probe, progress=True)
     if json:
         say_json({**asdict(found), "recipe": loaded.to_dict()})
         return

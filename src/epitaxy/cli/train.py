@@ -42,6 +42,11 @@ def command(
     say(f"report    {page}")
 
 
+def _others(test: dict[str, Any]) -> str:
+    unweighted = test.get("unweighted_accuracy")  # results of earlier versions have none
+    return ("" if unweighted is None else f"unweighted {unweighted:.2%}, ") + f"macro F1 {test['macro_f1']:.3f}"
+
+
 def _summary(result: dict[str, Any]) -> None:
     from epitaxy.cli.console import facts
     from epitaxy.report.figures import seconds, size
@@ -52,7 +57,7 @@ def _summary(result: dict[str, Any]) -> None:
             ("method", result["method"]),
             (
                 "accuracy",
-                f"{test['accuracy']:.2%} on {counts['test']:,} test examples (macro F1 {test['macro_f1']:.3f})",
+                f"{test['accuracy']:.2%} on {counts['test']:,} test examples ({_others(test)})",
             ),
             ("trained", f"{result['trained_parameters']:,} parameters; the base has {result['base']['parameters']:,}"),
             ("file", f"{result['file']}, {size(result['file_bytes'])}"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from epitaxy.core.errors import SiteError, nearest
-from epitaxy.core.layouts import BLOCK_LAYOUTS, HEAD_PATHS, OUTER_ROLES, SPECIAL_TOKENS, Layout, Part
+from epitaxy.core.layouts import BLOCK_LAYOUTS, HEAD_PATHS, OUTER_ROLES, SPECIAL_TOKENS, UNREAD, Layout, Part
 
 INTERFACE_PREFIX = "epitaxy_"  # of the names of our attention implementations
 TYPE_ROLES = ("norm", "bias", "linear", "conv")
@@ -111,7 +111,7 @@ def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
     if not blocks:
         obstacle = "it has no transformer blocks that were recognised"
     grid = _grid_obstacle(modules, blocks)
-    obstacle = obstacle or grid or _stack_obstacle(stacks)
+    obstacle = obstacle or grid or _pair_obstacle(modules) or _stack_obstacle(stacks)
     cores = [modules[spot.parts["core"]] for spot in roles.get("attention", ()) if "core" in spot.parts]
     special, distillation = _special_tokens(modules, blocks)
     return Anatomy(
@@ -241,6 +241,8 @@ def _add_outer(roles: dict[str, list[Spot]], modules: dict[str, nn.Module], mode
         for path in modules:
             if path in taken or (composite and path.startswith(composite + ".")):
                 continue
+            if role == "norm.final" and not _reads_all_tokens(path, modules):
+                continue
             if any(re.fullmatch(pattern, path) for pattern in patterns):
                 roles.setdefault(role, []).append(Spot(path))
     if head is not None:
@@ -253,11 +255,21 @@ def _add_outer(roles: dict[str, list[Spot]], modules: dict[str, nn.Module], mode
             roles["head"] = [Spot(path)]
 
 
+def _reads_all_tokens(path: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a module can be the norm of the last hidden states: CLIP's last norm sees its class token alone."""
+    owner, _, name = path.rpartition(".")
+    embeddings = modules.get(f"{owner}.embeddings" if owner else "embeddings")
+    return is_norm(modules[path]) and not (name == "post_layernorm" and hasattr(embeddings, "class_embedding"))
+
+
 def _add_by_type(roles: dict[str, list[Spot]], modules: dict[str, nn.Module]) -> None:
     """The roles that ask what a module *is*, not where: every norm, every bias, every linear map and convolution."""
     layers = {spot.path: spot.layer for spots in roles.values() for spot in spots}
     heads = {spot.path for spot in roles.get("head", ())}
+    unread = UNREAD.get(type(modules[""]).__name__, ())
     for path, module in modules.items():
+        if any(f"{path}.".startswith(f"{idle}.") for idle in unread):
+            continue
         if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
             continue  # torch reads the weights of its output projection and never calls it
         layer = layers.get(path, _layer_of(path, roles))
@@ -386,6 +398,12 @@ def _grid_obstacle(modules: dict[str, nn.Module], blocks: list[tuple[str, Layout
         parent = path.rpartition(".")[0].rpartition(".")[0]
         if _in_windows(modules[path]):
             return f"the blocks of {type(modules.get(parent, modules[path])).__name__} work on windows of a fixed grid"
+    return None
+
+
+def _pair_obstacle(modules: dict[str, nn.Module]) -> str | None:
+    if any("RelativePositionBias" in type(module).__name__ for module in modules.values()):  # BEiT
+        return "its attention has a learned bias for every pair of positions of its own grid"
     return None
 
 

@@ -73,9 +73,9 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _source(config: object) -> str | None:
-    """What the base was opened as; of a directory only its name, as a path says nothing on another machine."""
+    """What the base was opened as; of a path only its name, as a path says nothing on another machine."""
     source = getattr(config, "_name_or_path", None) or None
-    return Path(source).name if source is not None and Path(source).is_dir() else source
+    return Path(source).name if source is not None and Path(source).exists() else source
 
 
 def check_base(expected: dict[str, str | None], found: Base, path: str) -> str | None:

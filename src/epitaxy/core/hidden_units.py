@@ -7,17 +7,22 @@ the factors that it uses in evaluation: merged, of the size of the plain adapter
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 @dataclass(frozen=True)
 class HiddenUnits:
     """One two-layer network: ``down`` (r, in), ``down_bias`` (r,), ``up`` (out, r), ``up_bias`` (out,).
 
-    ``activation`` by name ("gelu" is the exact one); ``norm`` is the layer norm in front of ``down``, None without one.
+    ``activation`` is a name in ``ACTIVATIONS`` ("gelu" is the exact one); ``norm`` is the layer norm in front of
+    ``down``, None without one.
     The factor of the branch is not in here: it belongs to the edit.
     """
 
@@ -36,4 +41,4 @@ class OffersHiddenUnits(Protocol):
     def hidden_units(self) -> HiddenUnits: ...
 
 
-__all__ = ["HiddenUnits", "OffersHiddenUnits"]
+__all__ = ["ACTIVATIONS", "HiddenUnits", "OffersHiddenUnits"]

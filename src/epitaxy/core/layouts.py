@@ -149,7 +149,19 @@ BLOCK_LAYOUTS: tuple[Layout, ...] = (
             "norm.attention": "norm1",
             "norm.mlp": "norm2",
         },
-        optional="mlp.up mlp.down",
+    ),
+    _layout(  # DINOv2 giant, whose feed-forward is gated; DINOv3
+        "dinov2 with other names",
+        {
+            **_joined("attention", "q_proj k_proj v_proj o_proj"),
+            "mlp": "mlp",
+            "mlp.gate": "mlp.gate_proj",
+            "mlp.up": "mlp.up_proj",
+            "mlp.down": "mlp.down_proj",
+            "norm.attention": "norm1",
+            "norm.mlp": "norm2",
+        },
+        optional="mlp.gate",
     ),
     _layout(
         "wav2vec2",
@@ -323,9 +335,10 @@ OUTER_ROLES: dict[str, tuple[str, ...]] = {
     ),
     "frames": (r"(.*\.)?feature_extractor\.conv_layers\.\d+\.conv", r"(.*\.)?encoder\.conv2", r"conv2"),
     "embed": (r"(.*\.)?(embed_tokens|wte|word_embeddings)",),
-    "norm.final": (
-        r"(.*\.)?(layernorm|ln_f|norm)",
+    "norm.final": (  # not those of patches, of pooling heads, and between the stages of a pyramid
+        r"(?!.*\b(embeddings|head|downsample|patch_embed)\b)(.*\.)?(layernorm|ln_f|norm)",
         r"(encoder|.*\.encoder|decoder|.*\.decoder)\.(layer_norm|norm)",
+        r"(.*\.)?post_layernorm",
         r"conv_norm_out",
     ),
 }
@@ -338,10 +351,16 @@ HEAD_PATHS = (
     "lm_head",
     "proj_out",
     "head",
+    "head.fc",
     "fc",
 )
 
 LANGUAGE_HEADS = ("lm_head", "proj_out")  # they predict a token at every position
+
+UNREAD: dict[str, tuple[str, ...]] = {  # parts of a tower that a classifier on top of it never calls
+    "CLIPForImageClassification": ("vision_model.post_layernorm",),
+    "SiglipForImageClassification": ("vision_model.head",),
+}
 
 SPECIAL_TOKENS = (  # parameters that lead a sequence, in its order
     ("cls_token", "class_token", "class_embedding"),
@@ -349,4 +368,13 @@ SPECIAL_TOKENS = (  # parameters that lead a sequence, in its order
     ("register_tokens", "reg_token"),
 )
 
-__all__ = ["BLOCK_LAYOUTS", "HEAD_PATHS", "LANGUAGE_HEADS", "Layout", "OUTER_ROLES", "Part", "SPECIAL_TOKENS"]
+__all__ = [
+    "BLOCK_LAYOUTS",
+    "HEAD_PATHS",
+    "LANGUAGE_HEADS",
+    "Layout",
+    "OUTER_ROLES",
+    "Part",
+    "SPECIAL_TOKENS",
+    "UNREAD",
+]

@@ -77,7 +77,7 @@ def merge(
                 parameter = host._parameters[key]
                 assert parameter is not None
                 stash.setdefault(f"{path}.{key}", parameter.detach().clone())
-                _write(host, key, value)
+                write(host, key, value)
         record.state.active = ()
         after = _probe(model, paths, probe)
     except Exception:
@@ -141,12 +141,12 @@ def _mergeable(model: nn.Module, adapter: Adapter) -> list[tuple[str, Edit]]:
             continue
         host = model.get_submodule(piece.path)
         piece.module.mergeable_into(host)
-        _refuse_tied(model, host, piece.path)
+        refuse_tied(model, host, piece.path)
         edits.append((piece.path, piece.module))
     return edits
 
 
-def _write(host: nn.Module, key: str, value: Tensor) -> None:
+def write(host: nn.Module, key: str, value: Tensor) -> None:
     """Write in place where the shape allows; a head with other outputs gets a new parameter."""
     parameter = host._parameters[key]
     assert parameter is not None
@@ -155,17 +155,18 @@ def _write(host: nn.Module, key: str, value: Tensor) -> None:
         return
     new = nn.Parameter(value.to(parameter.device, parameter.dtype).clone(), requires_grad=parameter.requires_grad)
     host._parameters[key] = new
-    if isinstance(host, nn.Linear):
-        host.out_features = int(new.shape[0])
+    if isinstance(host, nn.Linear) and key == "weight":
+        host.out_features, host.in_features = (int(size) for size in new.shape)
 
 
 def _restore(model: nn.Module, stash: Mapping[str, Tensor]) -> None:
     for full, value in stash.items():
         path, _, key = full.rpartition(".")
-        _write(model.get_submodule(path), key, value)
+        write(model.get_submodule(path), key, value)
 
 
-def _refuse_tied(model: nn.Module, host: nn.Module, path: str) -> None:
+def refuse_tied(model: nn.Module, host: nn.Module, path: str) -> None:
+    """Raise ``UnsupportedError`` where another module of ``model`` uses the weight of ``host``."""
     weight = host._parameters.get("weight")
     for other, module in model.named_modules(remove_duplicate=False):
         if other != path and module is not host and weight is not None and module._parameters.get("weight") is weight:
@@ -213,4 +214,4 @@ def _probe_host(host: nn.Module) -> Tensor:
         ) from None
 
 
-__all__ = ["MergeReport", "merge", "unmerge"]
+__all__ = ["TOLERANCES", "MergeReport", "merge", "refuse_tied", "unmerge", "write"]

@@ -20,7 +20,8 @@ class Site:
     ``key`` addresses the site by role and number (``attention.q.3``), independent of module paths, so that files
     survive a renaming; ``index`` and ``count`` are its position among the sites the method asked for;
     ``hidden_width`` is the width of the model's last hidden states, ``patch`` the number of positions in a patch,
-    ``stream`` the module that receives the residual stream on its way here.
+    ``stream`` the module that receives the residual stream on its way here, ``stream_eps`` the eps of it where it is a
+    layer norm.
     """
 
     key: str
@@ -42,6 +43,7 @@ class Site:
     patch: int | None = None
     causal: bool = False
     stream: str | None = None
+    stream_eps: float | None = None
 
     def require_width(self) -> int:
         """Width of the features at this site; raises ``SiteError`` where it cannot be told from the weights."""
@@ -193,7 +195,12 @@ def _site(
         patch=_patch_size(anatomy, modules),
         causal=block is not None and block.causal,
         stream=spot.stream,
+        stream_eps=_eps(modules[spot.stream]) if spot.stream is not None else None,
     )
+
+
+def _eps(module: nn.Module) -> float | None:
+    return module.eps if isinstance(module, nn.LayerNorm) else None
 
 
 def _patch_size(anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> int | None:

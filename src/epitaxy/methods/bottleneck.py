@@ -9,7 +9,7 @@ transformers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from epitaxy.core.edits import Edit, Insertion, Order, Reads, Scale
 from epitaxy.core.edits.edit import cast, linear
+from epitaxy.core.edits.insertion import NORM_EPS
 from epitaxy.core.errors import EpitaxyError, expect_dropout, expect_one_of
+from epitaxy.core.hidden_units import ACTIVATIONS as ACTIVATIONS
 from epitaxy.core.hidden_units import HiddenUnits
 from epitaxy.core.registry import declare, method
 from epitaxy.core.sites import Site
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 Activation = Literal["relu", "gelu", "silu"]
 Init = Literal["kaiming", "legacy_normal", "legacy_zeros"]
 Norm = Literal["none", "layer"]
-NORM_EPS = 1e-6
 
 
 def normalised(norm: nn.LayerNorm | None, x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def normalised(norm: nn.LayerNorm | None, x: Tensor) -> Tensor:
 class TwoLayerMLP(nn.Module):
     """``up(activation(down(x)))``; ``down`` starts Kaiming-uniform by default, ``up`` and all biases at zero.
 
-    With ``norm="layer"`` a layer norm of its own comes first, under the name ``norm``.
+    With ``norm="layer"`` a layer norm of its own, with ``norm_eps``, comes first under the name ``norm``.
     """
 
     def __init__(
@@ -52,9 +52,10 @@ class TwoLayerMLP(nn.Module):
         dropout: float,
         init: Init = "kaiming",
         norm: Norm = "none",
+        norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width_in, eps=NORM_EPS) if norm == "layer" else None
+        self.norm = nn.LayerNorm(width_in, eps=norm_eps) if norm == "layer" else None
         self.down = nn.Linear(width_in, bottleneck)
         self.up = nn.Linear(bottleneck, width)
         self.activation, self.dropout = activation, dropout
@@ -84,7 +85,8 @@ class Bottleneck:
 
     ``order`` and ``residual`` put the adapter beside, after or before the sub-layer; a parallel one with
     ``reads="stream"`` sees the residual stream before the sub-layer's norm (``core/edits/insertion.py``).
-    ``norm="layer"`` puts a layer norm of its own in front; ``scale="learned"`` trains the factor, from 1.
+    ``norm="layer"`` puts a layer norm of its own in front, with the eps of the model's norm on that stream, else 1e-6;
+    ``scale="learned"`` trains the factor, from 1.
     ``init="kaiming"`` starts with ``up`` at zero.  The published starts: "legacy_normal", what the released code of
     2312.03694 really ran (a normal distribution of deviation 0.02, cut off, for both matrices), and "legacy_zeros",
     what it says (both zero, so that nothing but the last bias ever gets a gradient).
@@ -118,6 +120,15 @@ class Bottleneck:
     def insertion(self) -> Insertion:
         """How the adapter stands to its sub-layer."""
         return Insertion(self.order, self.residual, self.reads)
+
+    @property
+    def fold_obstacle(self) -> str | None:
+        """Why no feed-forward of any model can take the adapter in; None where some can (``core/fold.py``)."""
+        if self.at != "mlp" or self.order != "parallel" or self.residual:
+            return "only a parallel adapter at the feed-forward, without a residual, is more hidden units of it"
+        if (self.norm == "layer") != (self.reads == "stream"):
+            return "its input is normalised in another way than the feed-forward's"
+        return None
 
     @classmethod
     def houlsby(cls, bottleneck: int = 64) -> Bottleneck:
@@ -156,5 +167,6 @@ class Bottleneck:
     def edits(self, site: Site) -> Iterator[Edit]:
         hidden = self.bottleneck if self.reduction is None else site.reduced(self.reduction)
         width_in, width = self.insertion.width_in(site), site.require_width()
-        module = TwoLayerMLP(width_in, hidden, width, self.activation, self.dropout, self.init, self.norm)
+        eps = self.insertion.norm_eps(site)
+        module = TwoLayerMLP(width_in, hidden, width, self.activation, self.dropout, self.init, self.norm, eps)
         yield self.insertion.branch(module, self.scale)

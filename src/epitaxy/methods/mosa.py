@@ -140,13 +140,14 @@ class MoSA:
 
     @classmethod
     def houlsby(cls, bottleneck: int = 64, parts: int = 4, partition: Partition = "element", seed: int = 0) -> MoSA:
-        """After attention and after the feed-forward, with SiLU."""
+        """Added to the residual stream after attention and after the feed-forward, with SiLU."""
         return cls(
             at=("attention", "mlp"),
             bottleneck=bottleneck,
             parts=parts,
             partition=partition,
             order="sequential",
+            reads="stream",
             activation="silu",
             scale=1.0,
             dropout=0.0,
@@ -175,7 +176,8 @@ class MoSA:
     def edits(self, site: Site, clock: Clock) -> Iterator[Edit]:
         hidden = self.bottleneck if self.reduction is None else site.reduced(self.reduction)
         width_in, width = self.insertion.width_in(site), site.require_width()
-        plain = TwoLayerMLP(width_in, hidden, width, self.activation, self.dropout, norm=self.norm)
+        eps = self.insertion.norm_eps(site)
+        plain = TwoLayerMLP(width_in, hidden, width, self.activation, self.dropout, norm=self.norm, norm_eps=eps)
         module = SparseMLP(
             plain,
             clock,

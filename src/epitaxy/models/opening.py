@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,7 +16,10 @@ from torch import nn
 
 from epitaxy.core.anatomy import describe
 from epitaxy.core.errors import EpitaxyError, FormatError, nearest
+from epitaxy.models.google_vit import google_processor, read_google
+from epitaxy.models.picture_size import resize_pictures, resized_processor
 from epitaxy.models.positions import How, resize_input
+from epitaxy.models.towers import as_classifier, with_one_head
 from epitaxy.models.whisper_encoder import allow_short
 
 Modality = Literal["vision", "audio", "text"]
@@ -39,15 +43,17 @@ class Opened:
 
 @dataclass(frozen=True)
 class InputSize:
-    """The input wanted of a model that reads sounds; None: the model's own.
+    """The input wanted of a model; None: the model's own.
 
-    ``frames`` of 10 ms; ``mels`` bins and the rule for the position table are for spectrogram transformers.
+    For sounds ``frames`` of 10 ms; ``mels`` bins and the rule for the position table are for spectrogram transformers.
+    For pictures the side in ``pixels``, the position table interpolated.
     """
 
     frames: int | None = None
     mels: int | None = None
     positions: How = "crop"
     legacy: Literal["zeroed"] | None = None
+    pixels: int | None = None
 
 
 def open_classifier(
@@ -55,35 +61,80 @@ def open_classifier(
 ) -> Opened:
     """Open ``source`` as a classifier of ``labels``.
 
-    ``source`` is "reference-vit" or "reference-ast" (shipped with this package), a local directory, or the id of a
-    model on the hub.
+    ``source`` is "reference-vit" or "reference-ast" (shipped with this package), a local directory, the id of a model
+    on the hub, or a ``.npz`` of Google's vision transformer.  A trunk without a head gets one.
     Where the labels differ from the model's own, in number or in name, the last layer is drawn anew from torch's
-    global generator.  Weights are read from safetensors only.  ``size`` adapts a model of sounds, and its processor, to
-    other clips than its own.  Raises ``FormatError`` when the source cannot be opened, ``EpitaxyError`` for labels, a
-    type or a size that make no sense.
+    global generator.  Weights are read from safetensors only.  ``size`` adapts a model, and its processor, to other
+    clips or pictures than its own.  Raises ``FormatError`` when the source cannot be opened, ``EpitaxyError`` for
+    labels, a type or a size that make no sense.
     """
     labels = _checked(labels)
     if dtype not in DTYPES:
         raise EpitaxyError(f"no weight type is called {dtype!r}{nearest(dtype, DTYPES)}")
-    where = _locate(source)
     with _quiet():
-        config = _read(source, "config", lambda: _auto("AutoConfig").from_pretrained(where, **_OWN_CODE))
-        modality = _modality(source, config)
-        fresh = _is_fresh(config, labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: number for number, label in enumerate(labels)}
-        model, info = _read(source, "weights", lambda: _load(where, modality, config, DTYPES[dtype]))
-        processor = _read(source, "processor", lambda: _auto(_PROCESSORS[modality]).from_pretrained(where, **_OWN_CODE))
-        if size is not None and modality == "audio":
-            processor = _resize(model, processor, size, source)
+        if source.endswith(".npz"):
+            model, processor, modality, fresh = _open_google(source, labels, DTYPES[dtype])
+        else:
+            model, processor, modality, fresh = _open_pretrained(source, labels, DTYPES[dtype])
+        if size is not None:
+            processor = _resize(model, processor, modality, size, source)
     model.config._name_or_path = source  # what files name as the base: not where this installation keeps it
-    head = _head_path(source, model, len(labels))
-    fresh = _check_loaded(source, model, head, info) or fresh
     if fresh:
-        _draw(model.get_submodule(head), config)
+        _draw(model.get_submodule(_head_path(source, model, len(labels))), model.config)
     if modality == "text":
         _ensure_padding(model, processor)
     return Opened(model, processor, modality, source, "fresh" if fresh else "kept")
+
+
+Parts = tuple[Any, Any, Modality, bool]  # model, processor, what it reads, whether its head must be drawn
+
+
+def _open_pretrained(source: str, labels: list[str], dtype: torch.dtype) -> Parts:
+    where = _locate(source)
+    config = _read(source, "config", lambda: _auto("AutoConfig").from_pretrained(where, **_OWN_CODE))
+    config, key_mapping = as_classifier(config)
+    modality = _modality(source, config)
+    fresh = _is_fresh(config, labels)
+    if fresh:
+        with_one_head(config)
+    _name_labels(config, labels)
+    model, info = _read(source, "weights", lambda: _load(where, modality, config, dtype, key_mapping))
+    if key_mapping is not None:
+        del model._weight_conversions  # or it would be saved under the tower's names, which its class does not read
+    _require_preparation(source, where, modality)
+    processor = _read(source, "processor", lambda: _auto(_PROCESSORS[modality]).from_pretrained(where, **_OWN_CODE))
+    fresh = _check_loaded(source, model, _head_path(source, model, len(labels)), info) or fresh
+    return model, processor, modality, fresh
+
+
+def _open_google(source: str, labels: list[str], dtype: torch.dtype) -> Parts:
+    file = Path(source).expanduser()
+    if not file.is_file():
+        raise FormatError(f"{source}: no such file")
+    config, state = read_google(file)
+    fresh = "classifier.weight" not in state or _is_fresh(config, labels)
+    _name_labels(config, labels)
+    with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
+        model = _auto("ViTForImageClassification")(config)
+    own = model.state_dict()
+    head = {key: value for key, value in own.items() if key.startswith("classifier.")}
+    model.load_state_dict(state if not fresh else {**state, **head})
+    return model.to(dtype).eval(), google_processor(config), "vision", fresh
+
+
+def _name_labels(config: Any, labels: list[str]) -> None:
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+
+
+def _require_preparation(source: str, where: str, modality: Modality) -> None:
+    """How pictures are scaled and normalised changes every result, so it is never guessed."""
+    names = ("preprocessor_config.json", "processor_config.json")
+    if modality == "vision" and Path(where).is_dir() and not any((Path(where) / name).exists() for name in names):
+        raise FormatError(
+            f"{source}: preprocessor_config.json is missing, which says how pictures are resized and normalised; copy "
+            "it from where the model came from"
+        )
 
 
 _OWN_CODE = {"trust_remote_code": False}  # None would ask on the terminal whether to run the model's code
@@ -95,8 +146,15 @@ _MODELS: dict[Modality, str] = {
 }
 
 
-def _resize(model: Any, processor: Any, size: InputSize, source: str) -> Any:
-    """Adapt a model of sounds; its processor, set to the same size."""
+def _resize(model: Any, processor: Any, modality: Modality, size: InputSize, source: str) -> Any:
+    """Adapt a model; returns its processor, set to the same size."""
+    if modality == "vision" and size.pixels is not None:
+        resize_pictures(model, size.pixels, source)
+        return resized_processor(processor, size.pixels)
+    if size.pixels is not None:
+        raise EpitaxyError(f"{source}: a size in pixels is for models of pictures, this one reads {modality}")
+    if modality != "audio":
+        return processor
     kind = model.config.model_type
     if kind == "audio-spectrogram-transformer":
         frames, mels = size.frames or model.config.max_length, size.mels or model.config.num_mel_bins
@@ -200,13 +258,14 @@ def _is_fresh(config: Any, labels: list[str]) -> bool:
     return len(own) != len(labels) or (own != labels and not unnamed)
 
 
-def _load(where: str, modality: Modality, config: Any, dtype: torch.dtype) -> Any:
+def _load(where: str, modality: Modality, config: Any, dtype: torch.dtype, key_mapping: dict[str, str] | None) -> Any:
     return _auto(_MODELS[modality]).from_pretrained(
         where,
         config=config,
         ignore_mismatched_sizes=True,
         use_safetensors=True,
         dtype=dtype,
+        key_mapping=key_mapping,
         output_loading_info=True,
         **_OWN_CODE,
     )
@@ -221,6 +280,7 @@ def _check_loaded(source: str, model: nn.Module, head: str, info: dict[str, Any]
         raise FormatError(
             f"{source}: {len(foreign)} weights have other sizes than its config says, the first is {foreign[0]!r}"
         )
+    _refuse_left_blocks(source, model, info.get("unexpected_keys", ()))
     missing = sorted(info.get("missing_keys", ()))
     unfilled = [key for key in missing if not key.startswith(root)]
     if unfilled:
@@ -229,6 +289,21 @@ def _check_loaded(source: str, model: nn.Module, head: str, info: dict[str, Any]
             stacklevel=3,
         )
     return any(key.rpartition(".")[0] == head for key in (*mismatched, *missing))
+
+
+def _refuse_left_blocks(source: str, model: nn.Module, unexpected: Iterable[str]) -> None:
+    """A trunk's pooler and other heads may be left over, blocks may not: the model would be another one."""
+    blocks = [spot.path for spot in describe(model).roles.get("block", ())]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    stacks = {
+        name for path in blocks for name in (path.rpartition(".")[0], path.removeprefix(prefix).rpartition(".")[0])
+    }
+    left = sorted(key for key in unexpected if any(re.match(rf"{re.escape(stack)}\.\d+\.", key) for stack in stacks))
+    if left:
+        raise FormatError(
+            f"{source}: {len(left)} weights of its blocks have no place in the {len(blocks)} blocks that its config "
+            f"says, the first is {left[0]!r}"
+        )
 
 
 def _head_path(source: str, model: nn.Module, count: int) -> str:

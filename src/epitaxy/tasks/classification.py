@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from epitaxy.core.errors import EpitaxyError, FormatError
 from epitaxy.tasks.group import Group
-from epitaxy.tasks.metrics import Metrics, score
+from epitaxy.tasks.metrics import SCALARS, Metrics, score
 
 Batch = dict[str, Tensor]
 
@@ -63,7 +63,7 @@ class FrontEnd(Protocol):
 class Classification:
     """Cross-entropy over ``classes`` with the inputs that ``opened``'s processor, or ``front_end``, makes."""
 
-    metrics = ("accuracy", "macro_f1", "loss")
+    metrics = SCALARS
 
     def __init__(
         self,

@@ -103,14 +103,15 @@ class Plan:
     device: str
 
 
-def plan(recipe: Recipe, measure: bool = True) -> Plan:
-    """Work out the cost of ``recipe``; ``measure=False`` leaves out what has to be measured.
+def plan(recipe: Recipe, measure: bool = True, progress: bool = False) -> Plan:
+    """Work out the cost of ``recipe``; ``measure=False`` leaves out what has to be measured, ``progress`` shows what
+    takes long.
 
     Raises ``EpitaxyError`` for whatever would stop the run before its first step.
     """
     check_trackers(recipe.train.trackers)
     check_metric(recipe.train.metric, Classification.metrics)
-    ready = prepare(recipe)
+    ready = prepare(recipe, progress=progress)
     model, adapter, splits = ready.opened.model, ready.adapter, ready.splits
     explanation = explain(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -29,8 +29,10 @@ class Prepared:
     task: Classification
 
 
-def prepare(recipe: Recipe, splits: Splits | None = None) -> Prepared:
+def prepare(recipe: Recipe, splits: Splits | None = None, progress: bool = False) -> Prepared:
     """Read the data, open the base, put a fresh adapter on it; the same recipe always gives the same start.
+
+    ``progress`` shows what takes long.
 
     Raises ``EpitaxyError`` when the parts do not fit, such as a fresh task head that nothing would train.
     """
@@ -43,7 +45,7 @@ def prepare(recipe: Recipe, splits: Splits | None = None) -> Prepared:
         adapter = attach(opened.model, recipe.adapter_method(), recipe.name)
         _require_head(recipe, opened, adapter)
         keep_all_layers(opened.model)
-    return Prepared(opened, adapter, splits, task_for(opened, splits, spec))
+    return Prepared(opened, adapter, splits, task_for(opened, splits, spec, progress))
 
 
 def keep_all_layers(model: nn.Module) -> None:

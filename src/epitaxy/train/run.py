@@ -63,7 +63,7 @@ def run(recipe: Recipe, splits: Splits | None = None, progress: bool = True) -> 
     out = recipe.out
     if not (out / RESULT).exists():
         began = time.perf_counter()
-        ready = prepare(recipe, splits)
+        ready = prepare(recipe, splits, progress and leads())
         processes.wait_for_everyone()
         with held(out) if leads() else nullcontext():
             if leads():
@@ -98,16 +98,18 @@ def _finish(recipe: Recipe, ready: Prepared, trained: TrainResult, out: Path, be
 
 def _keep(recipe: Recipe, out: Path, ready: Prepared, tested: Metrics) -> None:
     """Save what was trained: the adapter, or the whole model."""
+    front_end = settings_of(ready.task)
     if ready.adapter is None:
         if not (out / MODEL).exists():
-            save_model(ready.opened.model, processor_of(ready.opened, ready.task.front_end), out / MODEL)
+            processor = processor_of(ready.opened, ready.task.front_end)
+            save_model(ready.opened.model, processor, out / MODEL, front_end)
         return
-    front_end = settings_of(ready.task)
     ready.adapter.provenance = {
         "base": recipe.base.source,
         "data": recipe.data.source,
         "classes": list(ready.splits.classes),
         "test_accuracy": tested.accuracy,
+        "test_unweighted_accuracy": tested.unweighted_accuracy,
         "test_macro_f1": tested.macro_f1,
         "seed": recipe.train.seed,
         **({FRONT_END: front_end} if front_end is not None else {}),

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from epitaxy.core.errors import EpitaxyError
-from epitaxy.data.image.front_end import Pixels, build, own_normalisation
+from epitaxy.data.image.front_end import Pixels, own_normalisation
 from epitaxy.data.image.spec import ImageSpec
 from epitaxy.data.splits import Splits
 from epitaxy.models.opening import Opened
 from epitaxy.tasks.classification import Classification
-
-TABLES = ("position_embeddings", "position_embedding.weight", "pos_embed")  # which fit one size of picture
 
 
 def image_spec(asked: ImageSpec | None, splits: Splits) -> ImageSpec | None:
@@ -20,16 +18,6 @@ def image_spec(asked: ImageSpec | None, splits: Splits) -> ImageSpec | None:
         found = {"audio": "sounds", "text": "texts"}[splits.modality]
         raise EpitaxyError(f"data.image: is for pictures, and these data are {found}; leave it out")
     return asked
-
-
-def pixels_for(opened: Opened, spec: ImageSpec) -> Pixels:
-    """The preparation for ``opened``; raises ``EpitaxyError`` for a size that its position table does not have."""
-    own = getattr(opened.model.config, "image_size", None)
-    fixed = any(name.endswith(TABLES) for name, _ in opened.model.named_parameters())
-    made = build(spec, opened.processor)
-    if fixed and isinstance(own, int) and made.size != own:
-        raise EpitaxyError(f"data.image.size: {opened.source} reads pictures of {own} by {own} pixels, got {made.size}")
-    return made
 
 
 def processor_of(opened: Opened, front_end: Any) -> Any:

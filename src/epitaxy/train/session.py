@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from epitaxy.core.errors import EpitaxyError, nearest
 from epitaxy.methods.draws import at_step, clocks
 from epitaxy.tasks.group import Group
+from epitaxy.tasks.metrics import OTHER_NAMES
 from epitaxy.tasks.objective import Objective, Turn, backward
 from epitaxy.train.config import TrainConfig
 from epitaxy.train.lazy_adam import LazyAdamW
@@ -199,7 +200,9 @@ class Session:
 def check_metric(name: str, known: tuple[str, ...]) -> None:
     """Raise when no metric is called ``name``."""
     if name not in known:
-        raise EpitaxyError(f"train.metric: no metric is called {name!r}{nearest(name, known)}")
+        meant = OTHER_NAMES.get(name.lower())
+        hint = f"; did you mean {meant!r}?" if meant in known else nearest(name, known)
+        raise EpitaxyError(f"train.metric: no metric is called {name!r}{hint}")
 
 
 def is_better(metric: str, value: float, best: float) -> bool:

@@ -22,18 +22,18 @@ class Branch(Edit):
     """``output + scale * module(input)`` (parallel) or ``output + scale * module(output)`` (sequential).
 
     ``reads="input"`` sees what enters the sub-layer, even where a model enters it at another module than it leaves
-    it; "stream" the residual stream on its way there, before the norm.  ``keep=False`` drops the tensor that the branch
-    is written to: the host's output is replaced.  ``writes="input"`` changes what the host receives instead;
-    ``writes="both"`` adds the result to the host's output too.  ``residual`` adds what the module reads to its result.
-    ``scale="learned"`` trains one number that starts at 1, kept as ``scale`` of shape (1,).  ``module`` maps ``...
-    width_in`` to ``... width``; one that starts at zero gives an identity start.  ``taps`` are pieces without
-    parameters on other modules, as (path, edit), that the module needs.
+    it; "stream" the residual stream on its way there, before the norm; "sum" that stream plus the output.
+    ``keep=False`` drops the tensor that the branch is written to: the host's output is replaced.  ``writes="input"``
+    changes what the host receives instead; ``writes="both"`` adds the result to the host's output too.  ``residual``
+    adds what the module reads to its result.  ``scale="learned"`` trains one number that starts at 1, kept as ``scale``
+    of shape (1,).  ``module`` maps ``... width_in`` to ``... width``; one that starts at zero gives an identity start.
+    ``taps`` are pieces without parameters on other modules, as (path, edit), that the module needs.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        reads: Literal["input", "output", "stream"] = "output",
+        reads: Literal["input", "output", "stream", "sum"] = "output",
         writes: Literal["input", "output", "both"] = "output",
         keep: bool = True,
         scale: Scale = 1.0,
@@ -66,7 +66,7 @@ class Branch(Edit):
             yield entry or site.path, self
             return
         yield site.path, self
-        if self.reads == "stream":
+        if self.reads in ("stream", "sum"):
             entry = site.require_stream()
             entry = entry if entry != site.path else None
         if entry is None:
@@ -74,7 +74,7 @@ class Branch(Edit):
         if self.writes == "both":
             self.acts_before = False
             yield entry, Entry(self)
-        elif self.reads in ("input", "stream"):
+        elif self.reads != "output":
             self.memo = Memo()
             yield entry, Tap(self.memo, reads="input")
 
@@ -94,19 +94,19 @@ class Branch(Edit):
             return y + self.memo.take().to(y.dtype)
         source = y if self.reads == "output" else x
         if self.memo is not None:
-            if self.reads == "stream" and self.memo.value is None:
+            if self.reads != "input" and self.memo.value is None:
                 raise UnsupportedError(
                     "reads: the norm that the layout names for this sub-layer did not run before it, so the residual "
                     "stream is not known; give a layout whose `norms` say 'after', or use reads='sublayer'"
                 )
             source = self.memo.take()
             source = source if members is None else source[members]
-        if self.reads == "stream" and source.shape[:-1] != y.shape[:-1]:
+        if self.reads in ("stream", "sum") and source.shape[:-1] != y.shape[:-1]:
             raise UnsupportedError(
                 f"reads: the residual stream has the shape {tuple(source.shape)}, the sub-layer gives "
                 f"{tuple(y.shape)}, so that an adapter on one cannot be added to the other; use reads='sublayer'"
             )
-        change = self._result(source).to(y.dtype)
+        change = self._result(source + y if self.reads == "sum" else source).to(y.dtype)
         return y + change if self.keep else change
 
     def _result(self, source: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ output is
 - before: ``F(v) + v`` with ``v = s A(n)``, with a residual ``v = s A(n) + n``.
 
 A parallel branch may read the residual stream instead, as it is before the norm in front of the sub-layer (AdaptFormer,
-Chen et al. 2022, 2205.13535): ``reads="stream"`` puts ``h`` in place of ``n`` in ``A(n)``.
+Chen et al. 2022, 2205.13535): ``reads="stream"`` puts ``h`` in place of ``n`` in ``A(n)``.  A sequential one then reads
+what the stream becomes: ``h + F(n)`` in place of ``F(n)`` in ``A(F(n))`` (Houlsby's adapters in pre-norm models).
 
 The residual always adds what the branch reads to its result.  A branch that reads the output and is added to it
 ("parallel after") is the sequential one with a residual, so it has no name of its own.
@@ -29,6 +30,7 @@ from epitaxy.core.sites import Site
 
 Order = Literal["parallel", "sequential", "before"]
 Reads = Literal["sublayer", "stream"]
+NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Insertion:
     def __post_init__(self) -> None:
         expect_one_of("order", self.order, get_args(Order))
         expect_one_of("reads", self.reads, get_args(Reads))
-        if self.reads == "stream" and self.order != "parallel":
-            raise EpitaxyError(f"reads: 'stream' needs the order 'parallel', found the order {self.order!r}")
+        if self.reads == "stream" and self.order == "before":
+            raise EpitaxyError("reads: 'stream' needs the order 'parallel' or 'sequential', found the order 'before'")
         if self.residual is None:
             object.__setattr__(self, "residual", self.order == "sequential")
 
@@ -74,6 +76,13 @@ class Insertion:
             )
         return width_in
 
+    def norm_eps(self, site: Site) -> float:
+        """The eps of a layer norm in front of the branch: that of the model's own norm on the same stream, else 1e-6.
+
+        With one eps, both normalise alike and the branch can be folded (``core/fold.py``).
+        """
+        return site.stream_eps if self.reads == "stream" and site.stream_eps is not None else NORM_EPS
+
     def branch(self, module: nn.Module, scale: Scale = 1.0, taps: Sequence[tuple[str, Edit]] = ()) -> Branch:
         """The edit that inserts ``module``."""
         residual = bool(self.residual)
@@ -81,5 +90,6 @@ class Insertion:
             source: Literal["input", "stream"] = "stream" if self.reads == "stream" else "input"
             return Branch(module, reads=source, scale=scale, residual=residual, taps=taps)
         if self.order == "sequential":
-            return Branch(module, reads="output", keep=residual, scale=scale, taps=taps)
+            after: Literal["sum", "output"] = "sum" if self.reads == "stream" else "output"
+            return Branch(module, reads=after, keep=residual, scale=scale, taps=taps)
         return Branch(module, reads="input", writes="both", keep=False, scale=scale, residual=residual, taps=taps)

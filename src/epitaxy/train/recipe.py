@@ -9,6 +9,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -252,13 +253,19 @@ def _resolved(entries: list[dict[str, Any]], origin: str) -> list[dict[str, Any]
 
 def _check_types(method: Any) -> None:
     """Check the fields of a method against their annotations, which dataclasses themselves do not."""
-    hints = typing.get_type_hints(type(method))
-    for field in fields(method):
+    kind: Any = type(method)
+    for name, adapter in _adapters(kind).items():
         try:
-            adapter = TypeAdapter(hints[field.name], config=ConfigDict(arbitrary_types_allowed=True))
-            adapter.validate_python(getattr(method, field.name), strict=True)
+            adapter.validate_python(getattr(method, name), strict=True)
         except ValidationError as error:
-            raise EpitaxyError(f"{method.method_name}.{field.name}: {_expected(error.errors()[0])}") from None
+            raise EpitaxyError(f"{method.method_name}.{name}: {_expected(error.errors()[0])}") from None
+
+
+@lru_cache(maxsize=64)
+def _adapters(kind: Any) -> dict[str, TypeAdapter[Any]]:
+    """What checks each field of a method."""
+    hints, config = typing.get_type_hints(kind), ConfigDict(arbitrary_types_allowed=True)
+    return {field.name: TypeAdapter(hints[field.name], config=config) for field in fields(kind)}
 
 
 def _within(path: tuple[str, ...], values: Mapping[str, Any]) -> tuple[str, ...]:

@@ -87,6 +87,23 @@ def digits(cache: Path) -> Archive:
     return archive
 
 
+def emoji_scenes(cache: Path, sizes: dict[str, int], size: int, seed: int) -> Iterator[tuple[str, str, Image.Image]]:
+    """Paint ``sizes`` scenes of each class for each part, ``size`` pixels wide: part, class, picture.
+
+    The parts share their drawings; place, size, angle, light and background of every scene are its own.
+    """
+    rng = np.random.default_rng(seed)
+    photos = load_photos(cache)
+    emoji = {item.code: item for item in load_emoji(cache) if item.group in HELD_OUT_EMOJI}
+    for name, codes in EMOJI_CLASSES.items():
+        for part, count in sizes.items():
+            for number in range(count):
+                drawing = emoji[codes[number // 2 % len(codes)]]
+                cutout = drawing.open(("fluent", "noto")[number % 2])
+                scene = vary_light(paste_object(random_background(2 * size, photos, rng), cutout, rng), rng)
+                yield part, name, scene.resize((size, size), Image.Resampling.BOX)
+
+
 def emoji_unseen(cache: Path) -> Archive:
     """Ten kinds of things in two drawing styles; every picture is a new scene with its own place, size and light."""
     archive = Archive(
@@ -95,19 +112,9 @@ def emoji_unseen(cache: Path) -> Archive:
         "MIT (Fluent Emoji) and Apache-2.0 (Noto Emoji)",
         "png",
     )
-    rng = np.random.default_rng(4)
-    photos = load_photos(cache)
-    emoji = {item.code: item for item in load_emoji(cache) if item.group in HELD_OUT_EMOJI}
-    for name, codes in EMOJI_CLASSES.items():
-        for part, count in EMOJI_SCENES.items():
-            for number in range(count):
-                drawing = emoji[codes[number // 2 % len(codes)]]
-                cutout = drawing.open(("fluent", "noto")[number % 2])
-                scene = paste_object(random_background(2 * EMOJI_SIZE, photos, rng), cutout, rng)
-                small = vary_light(scene, rng).resize((EMOJI_SIZE, EMOJI_SIZE), Image.Resampling.BOX)
-                # A small palette halves the size of the file and is hardly visible at this resolution.
-                picture = small.quantize(EMOJI_COLOURS, dither=Image.Dither.NONE)
-                archive.samples.append((part, name, encode(picture)))
+    for part, name, scene in emoji_scenes(cache, EMOJI_SCENES, EMOJI_SIZE, seed=4):
+        # A small palette halves the size of the file and is hardly visible at this resolution.
+        archive.samples.append((part, name, encode(scene.quantize(EMOJI_COLOURS, dither=Image.Dither.NONE))))
     return archive
 
 

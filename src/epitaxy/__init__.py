@@ -44,6 +44,7 @@ _PUBLIC = {
     "Prefix": "epitaxy.methods.prefix",
     "Prompt": "epitaxy.methods.prompt",
     "SoftMoA": "epitaxy.methods.soft_moa",
+    "TwoPass": "epitaxy.tasks.two_pass",
 }
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from epitaxy.methods.prefix import Prefix as Prefix
     from epitaxy.methods.prompt import Prompt as Prompt
     from epitaxy.methods.soft_moa import SoftMoA as SoftMoA
+    from epitaxy.tasks.two_pass import TwoPass as TwoPass
 
 __all__ = [*_PUBLIC, "__version__"]
 

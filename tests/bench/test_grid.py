@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from epitaxy.bench import carry_out as carrying
+from epitaxy.bench import grid_page
 from epitaxy.bench.grid import cells_of, load_grid
-from epitaxy.bench.outcome import Outcome, averages, outcome, shown
+from epitaxy.bench.outcome import Outcome, averages, lines, outcome, outcomes_of, shown
 from epitaxy.core.errors import EpitaxyError
 from epitaxy.train.recipe import RecipeError
 from epitaxy.train.run_directory import write_json
@@ -89,6 +90,19 @@ def test_folds_seed_keys_and_skipped_cells(grid: Path) -> None:
     assert runs[1].recipe.out.name == "fold4-seed3"
 
 
+def test_a_seed_may_set_the_seed_of_a_method(grid: Path) -> None:
+    grid.write_text(
+        GRID.replace("{method: lora, rank: 2}", "{method: mosa_lora, rank: 4}")
+        .replace("method.lora.rank: 4", "train.batch: 4")
+        .replace("seeds: [0, 1]", "seeds: [3, 5]\nseed_keys: [train.seed, method.mosa_lora.seed]")
+    )
+    cells = {cell.title: cell for cell in cells_of(*load_grid(str(grid)))}
+    for cell in ("LoRA / two", "LoRA / four"):
+        found = [(run.recipe.train.seed, run.recipe.method[0]["seed"]) for run in cells[cell].runs]
+        assert found == [(3, 3), (5, 5)]
+    assert [run.recipe.train.seed for run in cells["Probe / two"].runs] == [3, 5]
+
+
 def test_only_and_scoped_overrides(grid: Path) -> None:
     file, loaded = load_grid(str(grid))
     assert [cell.title for cell in cells_of(file, loaded, ["l*/two"])] == ["LoRA / two"]
@@ -113,6 +127,10 @@ def test_only_and_scoped_overrides(grid: Path) -> None:
         (", at: 2}", "}", r"columns.two: curve and at belong together"),
         ("method.lora.rank: 4", "method.lora.rnk: 4", r"cells.LoRA.four: method 'lora' has no field 'rnk'"),
         ("  LoRA:\n", "  probe: {}\n  LoRA:\n", r"rows: 'Probe' cannot name a directory of its own"),
+        ("average: true", "metric: UA", r"metric: no metric is called 'UA'; did you mean 'unweighted_accuracy'"),
+        ("curve: Digits, at: 4", "also: [WA]", r"columns.four: no metric is called 'WA'; did you mean 'accuracy'"),
+        ("average: true", "seed_keys: [method.lra.seed]", r"seed_keys: method.lra.seed: no method is called 'lra'"),
+        ("average: true", "compare_with: Prob", r"compare_with: no row is called 'Prob'; did you mean 'Probe'"),
         ("rows:\n", "lines:\n", r"not a grid: expected the keys recipe, rows and columns"),
     ],
 )
@@ -246,7 +264,8 @@ def test_means_and_spreads_of_folds_and_seeds(grid: Path, tmp_path: Path) -> Non
 
 def _result(out: Path, accuracy: float) -> None:
     out.mkdir(parents=True)
-    result = {"test": {"accuracy": accuracy}, "trained_parameters": 5, "file_bytes": 7, "train_seconds": 1.0}
+    test = {"accuracy": accuracy, "unweighted_accuracy": accuracy / 2, "macro_f1": accuracy / 4}
+    result = {"test": test, "trained_parameters": 5, "file_bytes": 7, "train_seconds": 1.0}
     write_json(out / "result.json", result)
 
 
@@ -257,3 +276,35 @@ def test_an_average_needs_all_columns(grid: Path) -> None:
     assert averages(loaded, [one])[0].score is None
     mean = averages(loaded, [one, other])[0]
     assert (mean.score, mean.published, mean.difference) == (60.0, 35.0, 25.0)
+
+
+def test_columns_have_metrics_of_their_own(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid.write_text(
+        GRID.replace("curve: Digits, at: 2", "metric: macro_f1").replace(
+            "curve: Digits, at: 4", "also: [unweighted_accuracy]"
+        )
+    )
+    file, loaded = load_grid(str(grid))
+    cells = cells_of(file, loaded)
+    for number, cell in enumerate(cells):
+        for planned in cell.runs:
+            _result(planned.recipe.out, 0.5 + number / 10 + planned.seed / 100)
+    found = outcomes_of(cells)
+    assert [(one.column, one.metric) for one in found if one.row == "Probe"] == [
+        ("two", "macro_f1"),
+        ("four", "accuracy"),
+        ("four, unweighted accuracy", "unweighted_accuracy"),
+    ]
+    scores = {(one.row, one.column): one.score for one in found}
+    assert scores["Probe", "two"] == pytest.approx(50.5 / 4)
+    assert scores["Probe", "four"] == pytest.approx(70.5)
+    assert scores["Probe", "four, unweighted accuracy"] == pytest.approx(70.5 / 2)
+    columns, rows = lines(loaded, found)
+    assert columns == ["", "two", "four", "four, unweighted accuracy", "Average"]
+    assert rows[0][2].endswith("(40.0, +30.5)")
+    assert "(" not in rows[0][3]
+    assert averages(loaded, found)[0].score == pytest.approx((50.5 / 4 + 70.5) / 2)  # of the columns of the grid
+    monkeypatch.setattr(grid_page, "_comparison", lambda *_: None)  # it reads whole runs
+    page = grid_page.build_page(loaded, found, {}, grid.parent).read_text()
+    assert page.count("four, unweighted accuracy</th>") == 1
+    assert "two: macro f1 against size" in page

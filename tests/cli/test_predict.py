@@ -217,3 +217,53 @@ def test_texts(epitaxy: Epitaxy, reader: Path, tmp_path: Path) -> None:  # noqa:
     assert outcome.code == 1
     assert f"left out: {tmp_path / 'c.txt'}: the text is empty" in outcome.err
     assert [one["label"] for one in json.loads(outcome.out)] == ["up", "down"]
+
+
+def test_a_merged_model_hears_what_its_adapter_did(epitaxy: Epitaxy, listening: Path, tmp_path: Path) -> None:
+    """Windows of a long recording, with the front end of the training: length, filling and statistics."""
+    base = json.loads((listening / "result.json").read_text())["base"]["source"]
+    merged = tmp_path / "merged"
+    outcome = epitaxy("merge", base, listening, "--out", merged)
+    assert outcome.code == 0, outcome.err
+    folder = tmp_path / "inbox"
+    tone(folder / "a.wav", 310.0, 0.2)  # shorter than the clips
+    rng = np.random.default_rng(0)
+    noise = rng.uniform(-0.3, 0.3, 2 * 44100).astype(np.float32)
+    soundfile.write(folder / "b.wav", np.stack([noise, 0.2 * noise], 1), 44100)
+    one, other = (json.loads(epitaxy("predict", target, folder, "--json").out) for target in (listening, merged))
+    assert [len(found["windows"]) for found in other] == [1, 12]
+    for ours, theirs in zip(one, other, strict=True):
+        assert [(w["start"], w["end"]) for w in ours["windows"]] == [(w["start"], w["end"]) for w in theirs["windows"]]
+        for first, second in zip(ours["windows"], theirs["windows"], strict=True):
+            assert list(first["scores"]) == list(second["scores"])
+            assert list(first["scores"].values()) == pytest.approx(list(second["scores"].values()), abs=1e-4)
+    assert (
+        "a whole model without an adapter, there is nothing to merge"
+        in epitaxy("predict", merged, folder, "--merge").err
+    )
+    assert "stands on no base" in epitaxy("predict", merged, folder, "--base", base).err
+    words = ["--data", listening.parent / "sounds", "--json"]
+    told = [json.loads(epitaxy("eval", target, *words).out)["results"] for target in (listening, merged)]
+    assert [row["adapter"] for row in told[1]] == [None]
+    assert told[0][-1]["loss"] == pytest.approx(told[1][0]["loss"], abs=1e-4)
+    (merged / "front_end.json").write_text('{"short": "louder"}')
+    broken = epitaxy("predict", merged, folder)
+    assert broken.code == 1
+    assert "front_end.json: its front end cannot be read (data.audio.short is one of" in broken.err
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps({**config, "id2label": None}))
+    assert "names no classes (id2label)" in epitaxy("predict", merged, folder).err
+
+
+def test_a_model_without_a_head_predicts_nothing(epitaxy: Epitaxy, listening: Path, ear: Path, tmp_path: Path) -> None:  # noqa: F811
+    from transformers import ASTModel
+
+    trunk = tmp_path / "trunk"
+    shutil.copytree(ear, trunk)
+    ASTModel.from_pretrained(ear).save_pretrained(trunk)
+    config = json.loads((trunk / "config.json").read_text())
+    (trunk / "config.json").write_text(json.dumps({**config, "id2label": {"0": "high", "1": "low"}}))
+    tone(tmp_path / "a.wav", 310.0, 0.2)
+    outcome = epitaxy("predict", trunk, tmp_path / "a.wav")
+    assert outcome.code == 1
+    assert outcome.err.strip() == f"error: {trunk}: this model has no head for its classes, so it is no classifier"

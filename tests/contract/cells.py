@@ -13,12 +13,13 @@ from tests.contract.families import FAMILIES, PADDED, Family
 from tests.contract.methods import Variant, variants
 
 FOR_PADDED = ("identity", "several", "route", "route_base", "checkpointing", "compiles")
-COMPILED_ON_VIT = ("lora", "bottleneck_parallel", "prompt_deep", "prefix", "prefix_gated", "lora_bitfit_head")
+COMPILED_ON_VIT = ("lora", "bottleneck_parallel", "mosa", "prompt_deep", "prefix", "prefix_gated", "lora_bitfit_head")
 COMPILED_EVERYWHERE = "bottleneck_norm_prefix"
 FIRST = (  # the others are variations of these
     "lora",
     "lora_conv",
     "bottleneck_parallel",
+    "mosa",
     "dense_moa",
     "soft_moa",
     "prompt_deep",

@@ -196,6 +196,60 @@ def test_adapters_on_wav2vec2(kind: str, sides: str, tmp_path: Path) -> None:
     assert_same(outgoing(base, tmp_path / "again"), state)
 
 
+def quick(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+@pytest.mark.parametrize("dead", [True, False])
+@pytest.mark.parametrize("spelling", ["", "_FFN", "_FFN _MHSA"])
+def test_convpass_alone(spelling: str, dead: bool, tmp_path: Path) -> None:
+    """As an adapter of its own, beside the sub-layer; with the convolution in vain, as released, and as meant."""
+    kind = "convpass_official_eval" if dead else "convpass_intended_eval"
+    parts = below("modules", f"{kind}.param.")
+    ends = spelling.split() or [""]
+    own = {
+        f"encoder.layer.{layer}.adapter_module{end}.{key}": value * (1 + layer)
+        for layer in LAYERS
+        for end in ends
+        for key, value in parts.items()
+    }
+    state = whole("adapters", own)
+    base = model()
+    adapter = ast_petl.load(base, written(state, tmp_path / "best.pt"), options=Published(dead_convolution=dead))
+    assert adapter.config[0]["method"] == "convpass"
+    assert adapter.config[0]["legacy"] is dead
+
+    literal, x = model(), golden("adapters")["input_values"]
+
+    def beside(layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+            u = given[0] if given else None
+            assert isinstance(u, Tensor)
+            scale = 1 + layer
+            low = quick(u @ (scale * parts["adapter_down.weight"]).T + scale * parts["adapter_down.bias"])
+            if not dead:
+                weight, bias = scale * parts["adapter_conv.weight"], scale * parts["adapter_conv.bias"]
+                low = nn.functional.conv1d(low.transpose(1, 2), weight, bias, padding=1).transpose(1, 2)
+            own = quick(low) @ (scale * parts["adapter_up.weight"]).T + scale * parts["adapter_up.bias"]
+            return (output[0] + own, *output[1:]) if isinstance(output, tuple) else output + own
+
+        return hook
+
+    for layer, block in enumerate(literal.base_model.layers):
+        for end, inner in (("_FFN", block.mlp), ("_MHSA", block.attention)):
+            if end in ends or (end == "_FFN" and ends == [""]):
+                inner.register_forward_hook(beside(layer))
+    head = epitaxy.attach(literal, epitaxy.Head(labels=5, pool="all"))
+    with torch.no_grad():
+        for leaf in ("weight", "bias"):
+            getattr(head.edits[0].linear, leaf).copy_(state[f"classification_head.{leaf}"])
+        torch.testing.assert_close(base(x).logits, literal(x).logits, rtol=1e-5, atol=2e-5)
+        plain = model()
+        epitaxy.load(plain, written({key: v for key, v in state.items() if "adapter" not in key}, tmp_path / "p.pt"))
+        assert float((base(x).logits - plain(x).logits).abs().max()) > 1e-3
+    assert_same(outgoing(base, tmp_path / "again"), state)
+
+
 def trained(state: State, ending: str) -> list[str]:
     """Change tensors as training would, under both names; returns the short keys."""
     keys = sorted({key.removeprefix("model.") for key in state if key.removeprefix("model.").endswith(ending)})
@@ -288,6 +342,9 @@ def test_an_adapter_of_our_own_goes_out(tmp_path: Path) -> None:
         (epitaxy.LoRA(), "it has no head that pools"),
         (epitaxy.Bottleneck.adaptformer(4) + epitaxy.Head(pool="all"), "it has no equal of 'bottleneck'"),
         (epitaxy.LoRA() + epitaxy.Head(), "it has no equal of 'head'"),
+        (epitaxy.Convpass() + epitaxy.Head(pool="all"), "it has no equal of 'convpass'"),
+        (epitaxy.Bottleneck(activation="relu") + epitaxy.Head(pool="all"), "it has no equal of 'bottleneck'"),
+        (epitaxy.Bottleneck(activation="gelu", scale=2.0) + epitaxy.Head(pool="all"), "it has no equal of 'bottlen"),
         (epitaxy.Prefix(2, gated=True) + epitaxy.Head(pool="all"), "it has no equal of 'prefix'"),
     ],
 )

@@ -11,7 +11,9 @@ import transformers
 from torch import nn
 
 import epitaxy
-from epitaxy import BitFit, Bottleneck, Conformer, NormTuning
+from epitaxy import BitFit, Bottleneck, Conformer, Head, NormTuning
+from epitaxy.core.registry import methods_in
+from epitaxy.train.recipe_files import load_recipe
 
 FEED_FORWARD, BOTH = "mlp", ("attention", "mlp")
 ONE_NORM, TWO_NORMS = NormTuning(at="norm.mlp"), NormTuning(at=("norm.attention", "norm.mlp"))
@@ -61,6 +63,19 @@ def test_counts_of_wav2vec2(method: Any, printed: int) -> None:
     """Table 3, in thousands: the adapters with one norm a layer and one more, the twelve layers' dead norm aside."""
     one_norm = 2 * 768
     assert (size(method, "wav2vec2") + 12 * one_norm + one_norm) // 1000 == printed
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected", "printed"),
+    [("bottleneck-895k", 894_528, 895_000), ("conformer-927k", 926_208, 927_000)],
+)
+def test_the_wider_adapters_of_wav2vec2(recipe: str, expected: int, printed: int) -> None:
+    """Table 3's second counts: adapters alone, 12 (d r + r + r d + d) and its like; the norms stay frozen."""
+    method = load_recipe(f"ast_petl/wav2vec2/{recipe}").adapter_method()
+    adapters, head = methods_in(method)
+    assert isinstance(head, Head)
+    assert size(adapters, "wav2vec2") == expected
+    assert abs(expected - printed) < 1000
 
 
 @pytest.mark.parametrize(("rank", "kernel"), [(8, 31), (5, 8), (1, 1)])

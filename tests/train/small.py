@@ -83,39 +83,50 @@ class Stopping:
 
     def __init__(self, task: Any, at: int) -> None:
         self.task, self.at, self.losses = task, at, 0
-        self.batch, self.evaluate = task.batch, task.evaluate
+        self.batch, self.evaluate, self.logits = task.batch, task.evaluate, task.logits
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        self.losses += 1
-        if self.losses == self.at:
-            raise BrokenOffError
+        self._count()
         loss: Tensor = self.task.loss(model, batch)
         return loss
 
+    def criterion(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        self._count()
+        loss: Tensor = self.task.criterion(logits, batch)
+        return loss
 
-def whole(root: Path, out: str, config: TrainConfig, method: Any = None) -> tuple[str, TrainResult]:
+    def _count(self) -> None:
+        self.losses += 1
+        if self.losses == self.at:
+            raise BrokenOffError
+
+
+def whole(
+    root: Path, out: str, config: TrainConfig, method: Any = None, objective: Any = None
+) -> tuple[str, TrainResult]:
     """One uninterrupted run: the digest of what it trained, and its result."""
     model, adapter, task, splits = small_run(root / "data", method)
-    result = train(model, adapter, task, splits.train, splits.validation, config, root / out, progress=False)
+    data = (splits.train, splits.validation)
+    result = train(model, adapter, task, *data, config, root / out, objective, progress=False)
     return digest(adapter.tensors()), result
 
 
-def break_off(root: Path, out: str, config: TrainConfig, at: int, method: Any = None) -> None:
+def break_off(root: Path, out: str, config: TrainConfig, at: int, method: Any = None, objective: Any = None) -> None:
     """Begin a run and break it off at its n-th loss."""
     model, adapter, task, splits = small_run(root / "data", method)
-    stopping = Stopping(task, at)
+    data = (splits.train, splits.validation)
     with pytest.raises(BrokenOffError):
-        train(model, adapter, stopping, splits.train, splits.validation, config, root / out, progress=False)
+        train(model, adapter, Stopping(task, at), *data, config, root / out, objective, progress=False)
 
 
 def interrupted(
-    root: Path, out: str, config: TrainConfig, stops: Sequence[int], method: Any = None
+    root: Path, out: str, config: TrainConfig, stops: Sequence[int], method: Any = None, objective: Any = None
 ) -> tuple[str, TrainResult]:
     """The same run, broken off at the given losses and taken up in a model made anew."""
     for stop in stops:
-        break_off(root, out, config, stop, method)
+        break_off(root, out, config, stop, method, objective)
         torch.randn(stop)  # the next attempt finds other random states
-    return whole(root, out, config, method)
+    return whole(root, out, config, method, objective)
 
 
 class Scripted:
@@ -128,4 +139,4 @@ class Scripted:
     def evaluate(self, model: nn.Module, data: Any, batch_size: int) -> Metrics:
         self.seen.append(data)
         value = self.values[len(self.seen) - 1]
-        return Metrics(value, value, 1 - value, [], [], [], [])
+        return Metrics(value, value, value, 1 - value, [], [], [], [])

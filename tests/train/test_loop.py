@@ -61,6 +61,7 @@ def test_seeds_decide_everything(tmp_path: Path) -> None:
 def test_the_best_state_is_kept(tmp_path: Path) -> None:
     model, adapter, task, splits = small_run(tmp_path / "data")
     config = TrainConfig(steps=9, batch=6, learning_rate=0.3, schedule="constant", evaluate_every=3, clip=None)
+    config = replace(config, base_mode="train")
     result = train(model, adapter, task, splits.train, splits.validation, config, tmp_path / "best", progress=False)
     scores = {line["step"]: line["validation_accuracy"] for line in result.history if "validation_accuracy" in line}
     assert result.best_step == min(step for step, value in scores.items() if value == max(scores.values()))

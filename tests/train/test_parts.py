@@ -8,6 +8,7 @@ import math
 import random
 import re
 import time
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from epitaxy.core.errors import EpitaxyError, FormatError
+from epitaxy.tasks import random_state
 from epitaxy.train import progress as showing
-from epitaxy.train import random_state
 from epitaxy.train.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, write_checkpoint
 from epitaxy.train.config import TrainConfig, count_steps, evaluation_interval
 from epitaxy.train.metrics_log import MetricsLog, read_metrics
@@ -231,3 +232,50 @@ def test_nothing_is_shown_when_not_wanted(capsys: pytest.CaptureFixture[str]) ->
     bar.update(3, {"step": 3, "loss": 1.0, "validation_loss": 1.0})
     bar.close()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_pass_over_data_tells_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(showing.counted(range(4), 4, "reading", True)) == [0, 1, 2, 3]
+    assert capsys.readouterr() == ("", ""), "a short pass says nothing"
+    monkeypatch.setattr(showing, "PLAIN_INTERVAL", 0.0)
+    assert list(showing.counted(range(3), 3, "reading", False)) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+    assert list(showing.counted(range(3), 3, "reading", True)) == [0, 1, 2]
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert [re.sub(r"[\d.]+/s", "#/s", line) for line in lines] == [
+        "reading: 1/3  #/s  0:00 left",
+        "reading: 2/3  #/s  0:00 left",
+        "reading: 3 in 0:00",
+    ]
+
+
+def test_a_pass_over_data_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+
+    def terminal(**settings: Any) -> Console:
+        return Console(file=screen, force_terminal=True, force_interactive=True, width=120)
+
+    monkeypatch.setattr(showing, "Console", terminal)
+
+    def items() -> Iterator[int]:
+        for number in range(8):
+            time.sleep(0.05)
+            yield number
+
+    assert sum(showing.counted(items(), 8, "statistics", True)) == 28
+    shown = screen.getvalue()
+    assert "statistics" in shown
+    assert re.search(r"[4-8]/8", shown)
+    with pytest.raises(ValueError, match="bad"):  # the bar goes away with the error
+        for _ in showing.counted(_failing(), 8, "statistics", True):
+            pass
+    assert list(showing.counted(range(2), 2, "another", True)) == [0, 1]
+
+
+def _failing() -> Iterator[int]:
+    yield 1
+    raise ValueError("bad")

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from epitaxy import Head, LoRA, attach
-from epitaxy.core.errors import EpitaxyError, FormatError, StateError
+from epitaxy.core.errors import FormatError, StateError
 from epitaxy.models.opening import open_classifier
 from epitaxy.tasks.classification import Classification
 from epitaxy.train.checkpoint import FOLDER, PATTERN
@@ -186,31 +185,3 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"a": 1}, path)
     with pytest.raises(FormatError, match=rf"{path.name}: a pickle, which is never opened"):
         whole(tmp_path, "out", CONFIG)
-
-
-def test_a_loss_that_explodes_stops_the_run_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    class Exploding(Stopping):
-        def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            self.losses += 1
-            loss: Tensor = self.task.loss(model, batch)
-            return loss * (float("nan") if self.losses > self.at else 1.0)
-
-    model, adapter, task, splits = small_run(tmp_path / "data")
-    config = replace(CONFIG, accumulate=1, log_every=1)
-    with pytest.raises(
-        EpitaxyError, match=r"step 7: the loss is not a finite number; lower train.learning_rate \(0.02\)"
-    ):
-        train(
-            model,
-            adapter,
-            Exploding(task, 6),
-            splits.train,
-            splits.validation,
-            config,
-            tmp_path / "out",
-            progress=False,
-        )
-    assert [path.name for path in (tmp_path / "out" / FOLDER).glob(PATTERN)] == ["step-00000004.safetensors"]
-    model, adapter, task, splits = small_run(tmp_path / "data")
-    result = train(model, adapter, task, splits.train, splits.validation, config, tmp_path / "out", progress=False)
-    assert result.resumed_at == 4

@@ -191,3 +191,21 @@ def test_no_layer_is_dropped_under_an_adapter(sounds: Path, tmp_path: Path) -> N
         ready.task.loss(ready.opened.model.train(), batch)
     ready.opened.model.config.layerdrop = 0.0
     assert ready.task.loss(ready.opened.model, batch).item() > 0
+
+
+def test_the_pass_for_statistics_and_cache_is_shown(
+    sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("epitaxy.train.progress.PLAIN_INTERVAL", 0.0)
+    base = save_ast(tmp_path / "ast")
+    told = recipe(base, sounds, tmp_path / "run", AUDIO | {"cache": str(tmp_path / "cache")})
+    capsys.readouterr()
+    ready = prepare(told, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    count = len(ready.splits.train)
+    assert len(lines) == count
+    assert lines[0].startswith(f"statistics and features of the training sounds: 1/{count}  ")
+    assert lines[-1].startswith(f"statistics and features of the training sounds: {count} in 0:0")
+    prepare(told)
+    prepare(recipe(base, sounds, tmp_path / "run", {"frames": 40}), progress=True)  # nothing to measure
+    assert capsys.readouterr().err == ""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from epitaxy.bench.choosing import Trial, settled
 from epitaxy.bench.grid import Cell, Planned
 from epitaxy.core.errors import EpitaxyError
 from epitaxy.data.splits import DataSpec, Splits, load_splits
@@ -14,9 +15,11 @@ from epitaxy.report import build_report
 from epitaxy.report.page import PAGE
 from epitaxy.train.checkpoint import FOLDER
 from epitaxy.train.run import leads, run
-from epitaxy.train.run_directory import RECIPE, RESULT
+from epitaxy.train.run_directory import RECIPE, RESULT, TRIAL
+from epitaxy.train.trial import trial
 
-Told = Callable[[Cell, Planned, "dict[str, Any] | None", "str | None", bool], None]
+Piece = Planned | Trial
+Told = Callable[[Cell, Piece, "dict[str, Any] | None", "str | None", bool], None]
 
 
 @dataclass
@@ -35,44 +38,58 @@ class Shelf:
         return self.splits
 
 
-def ordered(cells: Sequence[Cell]) -> list[tuple[Cell, Planned]]:
-    """All runs, those on the same data next to each other."""
-    pairs = [(cell, planned) for cell in cells for planned in cell.runs]
+def ordered(cells: Sequence[Cell]) -> list[tuple[Cell, Piece]]:
+    """All trials and runs: those on the same data next to each other, the trials of a fold before its runs."""
+    pairs: list[tuple[Cell, Piece]] = []
+    for cell in cells:
+        pairs += [(cell, piece) for piece in cell.trials]
+        pairs += [(cell, piece) for piece in cell.runs]
     columns = list(dict.fromkeys(cell.column for cell in cells))
-    return sorted(pairs, key=lambda pair: (columns.index(pair[0].column), pair[1].fold or 0))
+    return sorted(
+        pairs, key=lambda pair: (columns.index(pair[0].column), pair[1].fold or 0, isinstance(pair[1], Planned))
+    )
 
 
 def carry_out(cells: Sequence[Cell], told: Told, stop: bool = False, progress: bool = True) -> dict[str, str]:
-    """Carry out every run that is not finished; returns why runs failed, by name.
+    """Carry out every trial and run that is not finished; returns why some failed, by name.
 
-    ``told`` hears of every run: its result, or why it failed, and whether it was finished before.  A failure ends the
-    grid with ``stop``, else the others go on.
+    ``told`` hears of each: its result, or why it failed, and whether it was finished before.  A failure ends the grid
+    with ``stop``, else the others go on.
     """
     failures: dict[str, str] = {}
     shelf = Shelf()
-    for cell, planned in ordered(cells):
-        recipe = planned.recipe
-        finished = (recipe.out / RESULT).exists()
+    for cell, piece in ordered(cells):
+        finished = standing(piece) == "finished"
         try:
-            result = run(recipe, None if finished else shelf.get(recipe.data), progress=progress)
-            if leads():
-                shutil.rmtree(recipe.out / FOLDER, ignore_errors=True)  # of no use any more, and large for full models
-                if not finished or not (recipe.out / PAGE).exists():
-                    build_report(recipe.out)
+            result = _one(cell, piece, shelf, finished, progress)
         except Exception as error:  # one broken cell does not take the others along
             reason = " ".join(str(error).split()) or type(error).__name__
             if not isinstance(error, EpitaxyError):
                 reason = f"{type(error).__name__}: {reason}"
-            failures[f"{cell.title}, {planned.title}"] = reason
-            told(cell, planned, None, reason, finished)
+            failures[f"{cell.title}, {piece.title}"] = reason
+            told(cell, piece, None, reason, finished)
             if stop:
                 break
             continue
-        told(cell, planned, result, None, finished)
+        told(cell, piece, result, None, finished)
     return failures
 
 
-def standing(planned: Planned) -> str:
-    """How far a run is: finished, begun or open."""
-    out = planned.recipe.out
-    return "finished" if (out / RESULT).exists() else "begun" if (out / RECIPE).exists() else "open"
+def _one(cell: Cell, piece: Piece, shelf: Shelf, finished: bool, progress: bool) -> dict[str, Any]:
+    if isinstance(piece, Trial):
+        return trial(piece.recipe, None if finished else shelf.get(piece.recipe.data), progress)
+    choice = cell.choice(piece.fold)
+    recipe = piece.recipe if choice is None else settled(piece.recipe, choice)
+    result = run(recipe, None if finished else shelf.get(recipe.data), progress=progress)
+    if leads():
+        shutil.rmtree(recipe.out / FOLDER, ignore_errors=True)  # of no use any more, and large for full models
+        if not finished or not (recipe.out / PAGE).exists():
+            build_report(recipe.out)
+    return result
+
+
+def standing(piece: Piece) -> str:
+    """How far a trial or run is: finished, begun or open."""
+    out = piece.recipe.out
+    last = TRIAL if isinstance(piece, Trial) else RESULT
+    return "finished" if (out / last).exists() else "begun" if (out / RECIPE).exists() else "open"

@@ -9,7 +9,9 @@ from typing import Any
 from markupsafe import Markup
 
 from epitaxy.bench.grid import Grid, slug
-from epitaxy.bench.outcome import AVERAGE, Outcome, averages, legend
+from epitaxy.bench.groups import COUNTING, group_lines
+from epitaxy.bench.outcome import CHOSEN, CHOSEN_COLUMNS, Outcome, averages, chosen_lines, input_notes, legend
+from epitaxy.bench.paired import caption, difference_tables
 from epitaxy.core.storage import write_atomically
 from epitaxy.report import build_comparison
 from epitaxy.report.charts import Mark, Series, line_chart, point_chart
@@ -23,23 +25,30 @@ def build_page(
     """Write the page of a grid to ``out``, and beside it a comparison of the runs of every column."""
     everything = [*outcomes, *(averages(grid, outcomes) if grid.average else [])]
     at = {(one.row, one.column): one for one in everything}
-    columns = [name for name in [*grid.columns, AVERAGE] if any(column == name for _, column in at)]
+    columns = list(dict.fromkeys(one.column for one in everything))
     page = render(
         "grid.html.j2",
         title=grid.title,
-        metric=grid.metric,
         legend=legend(outcomes),
-        columns=[(name, _comparison(name, outcomes, out)) for name in columns],
+        columns=[(name, _comparison(name, outcomes, out) if name in grid.columns else None) for name in columns],
         rows=[
             (row, [at.get((row, column)) for column in columns])
             for row in grid.rows
             if any(one.row == row for one in everything)
         ],
+        groups=group_lines(grid, outcomes),
+        counting=COUNTING,
         curves=curves(grid, outcomes),
-        sizes=[(name, _sizes(name, outcomes)) for name in columns if name != AVERAGE and _finished(name, outcomes)],
+        sizes=[
+            (name, _sizes(name, outcomes)) for name in columns if name in grid.columns and _finished(name, outcomes)
+        ],
         runs=[(one, [(run, _link(run, out)) for run in one.runs]) for one in outcomes],
+        differences=[(caption(against), names, lines) for against, names, lines in difference_tables(grid, outcomes)],
+        chosen=chosen_lines(outcomes),
+        chosen_legend=CHOSEN,
+        chosen_columns=CHOSEN_COLUMNS,
         failures=failures,
-        notes=grid.notes,
+        notes=[*input_notes(outcomes), *grid.notes],
     )
     write_atomically(out / file, page.encode())
     return out / file
@@ -77,7 +86,8 @@ def _sizes(column: str, outcomes: Sequence[Outcome]) -> Markup:
         Mark(one.row, float(one.trained_parameters or 0), one.score or 0.0, _spread(one), _singles(one))
         for one in _finished(column, outcomes)
     ]
-    return point_chart(marks, f"{column}: accuracy against size", "trained parameters", "test accuracy in percent")
+    metric = _finished(column, outcomes)[0].metric.replace("_", " ")
+    return point_chart(marks, f"{column}: {metric} against size", "trained parameters", f"test {metric} in percent")
 
 
 def _spread(one: Outcome) -> float:

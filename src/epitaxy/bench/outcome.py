@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from epitaxy.bench.grid import Cell, Grid
+from epitaxy.bench.choosing import Verdict, described, judge
+from epitaxy.bench.grid import Cell, Grid, also_title
 from epitaxy.bench.tables import table
 from epitaxy.core.errors import EpitaxyError
 from epitaxy.report.figures import NOTHING
+from epitaxy.report.page import normalisation_shown
 from epitaxy.train.run_directory import RESULT, read_json
 
 AVERAGE = "Average"
+CHOSEN = (
+    "Chosen on validation data: every value is trained and measured on the validation split, the best one makes the "
+    "runs above. Test data take no part in it."
+)
+CHOSEN_COLUMNS = ("method", "column", "chosen", "validation")
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,8 @@ class Outcome:
     """One cell; scores are in percent, spreads sample standard deviations in points, None where they cannot be told.
 
     ``over_seeds`` is the spread of the seeds' means over all folds, ``over_folds`` that of the folds' means over all
-    seeds.  ``score`` is the mean of the runs that are finished, ``finished`` of ``planned``.
+    seeds.  ``score`` is the mean of the runs that are finished, ``finished`` of ``planned``.  ``choices`` tells, fold
+    by fold, what was chosen on validation data; ``normalisations`` how the pixels of its pictures were normalised.
     """
 
     row: str
@@ -33,10 +41,13 @@ class Outcome:
     over_seeds: float | None
     over_folds: float | None
     published: float | None
+    metric: str = "accuracy"
     trained_parameters: int | None = None
     file_bytes: int | None = None
     train_seconds: float | None = None
     runs: tuple[Mapping[str, Any], ...] = ()
+    choices: tuple[Verdict, ...] = ()
+    normalisations: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -52,7 +63,18 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        return {**asdict(self), "difference": self.difference}
+        choices = [choice.to_dict() for choice in self.choices]
+        return {**asdict(replace(self, choices=())), "difference": self.difference, "choices": choices}
+
+
+def outcomes_of(cells: Sequence[Cell]) -> list[Outcome]:
+    """What every cell gave in its metric, and behind it what it gave in further ones, each as a column of its own."""
+    found = []
+    for cell in cells:
+        found.append(outcome(cell, cell.metric))
+        for metric in cell.also:
+            found.append(replace(outcome(cell, metric), column=also_title(cell.column, metric), published=None))
+    return found
 
 
 def outcome(cell: Cell, metric: str) -> Outcome:
@@ -71,6 +93,7 @@ def outcome(cell: Cell, metric: str) -> Outcome:
             results.append(result)
         runs.append(run)
     complete = len(found) == len(cell.runs)
+    found_inputs = [one["data"]["normalisation"] for one in results if "normalisation" in one.get("data", {})]
     return Outcome(
         cell.row,
         cell.column,
@@ -80,10 +103,13 @@ def outcome(cell: Cell, metric: str) -> Outcome:
         _spread(found, 1) if complete else None,
         _spread(found, 0) if complete else None,
         cell.published,
+        metric,
         max((result["trained_parameters"] for result in results), default=None),
         max((result["file_bytes"] for result in results), default=None),
         sum(result["train_seconds"] for result in results) if results else None,
         tuple(runs),
+        tuple(judge(choice) for choice in cell.choices),
+        tuple(dict.fromkeys(normalisation_shown(used) for used in found_inputs)),
     )
 
 
@@ -99,7 +125,7 @@ def averages(grid: Grid, outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The mean over all columns, for each row; without a score while one is missing."""
     found = []
     for row in grid.rows:
-        own = [one for one in outcomes if one.row == row]
+        own = [one for one in outcomes if one.row == row and one.column in grid.columns]
         if not own:
             continue
         whole = len(own) == len(grid.columns)
@@ -148,19 +174,53 @@ def lines(grid: Grid, outcomes: Sequence[Outcome]) -> tuple[list[str], list[list
     """The table as text: its columns and its rows."""
     everything = [*outcomes, *(averages(grid, outcomes) if grid.average else [])]
     at = {(one.row, one.column): one for one in everything}
-    columns = [name for name in [*grid.columns, AVERAGE] if any(column == name for _, column in at)]
+    columns = list(dict.fromkeys(one.column for one in everything))
     rows = [name for name in grid.rows if any(row == name for row, _ in at)]
     return ["", *columns], [[row, *(shown(at.get((row, column))) for column in columns)] for row in rows]
 
 
-def markdown(grid: Grid, outcomes: Sequence[Outcome], failures: Mapping[str, str]) -> str:
-    """The table as a page of Markdown."""
+def chosen_lines(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """What was chosen in every cell that chooses, as text; the fold is part of the column where there are folds."""
+    found = []
+    for one in outcomes:
+        for verdict in one.choices:
+            column = one.column + ("" if verdict.fold is None else f", fold {verdict.fold}")
+            chosen = NOTHING if verdict.chosen is None else described(verdict.chosen)
+            chosen += f" (the end of the list: {', '.join(verdict.edges)})" if verdict.edges else ""
+            scores = "; ".join(f"{described(option['values'])}: {_tried(option)}" for option in verdict.options)
+            found.append([one.row, column, chosen, f"{verdict.metric}: {scores}"])
+    return found
+
+
+def input_notes(outcomes: Sequence[Outcome]) -> list[str]:
+    """How pixels were normalised, in one note, or in one for each way where the cells differ."""
+    cells: dict[str, list[str]] = {}
+    for one in outcomes:
+        for used in one.normalisations:
+            cells.setdefault(used, []).append(f"{one.row} / {one.column}")
+    if len(cells) < 2:
+        return [f"Pixels in [0, 1] normalised by {used}." for used in cells]
+    return [f"Pixels in [0, 1] normalised by {used}: {', '.join(dict.fromkeys(own))}." for used, own in cells.items()]
+
+
+def _tried(option: Mapping[str, Any]) -> str:
+    if option["failed"] is not None:
+        return "diverged"
+    return NOTHING if option["score"] is None else f"{option['score']:.4f}"
+
+
+def markdown(grid: Grid, outcomes: Sequence[Outcome], failures: Mapping[str, str], further: Sequence[str] = ()) -> str:
+    """The table as a page of Markdown, with ``further`` parts below it."""
     columns, rows = lines(grid, outcomes)
     names = ["method", *columns[1:]]
     parts = [f"# {grid.title}", legend(outcomes), table([dict(zip(names, row, strict=True)) for row in rows])]
+    parts += further
+    chosen = chosen_lines(outcomes)
+    if chosen:
+        parts += [CHOSEN, table([dict(zip(CHOSEN_COLUMNS, line, strict=True)) for line in chosen])]
     if failures:
         parts.append("Failed:\n\n" + "\n".join(f"- {run}: {reason}" for run, reason in failures.items()))
-    parts += list(grid.notes)
+    parts += [*input_notes(outcomes), *grid.notes]
     return "\n\n".join(parts) + "\n"
 
 

@@ -13,7 +13,8 @@ from epitaxy.cli import arguments
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from epitaxy.bench.grid import Cell, Grid, Planned
+    from epitaxy.bench.carry_out import Piece
+    from epitaxy.bench.grid import Cell, Grid
 
 JSON, MARKDOWN = "grid.json", "grid.md"
 
@@ -45,8 +46,9 @@ def command(
 ) -> None:
     """Carry out a grid of runs and compare it with published numbers.
 
-    Every cell is one or more ordinary run directories, averaged over folds and seeds.  The same command again skips
-    what is finished and resumes what was interrupted.  The directory gets grid.json, grid.md and grid.html.
+    Every cell is one or more ordinary run directories, averaged over folds and seeds.  Where the grid says select, each
+    value is first tried on validation data, and the best one makes the runs.  The same command again skips what is
+    finished and resumes what was interrupted.  The directory gets grid.json, grid.md and grid.html.
     """
     from epitaxy.bench.grid import cells_of, load_grid
 
@@ -62,8 +64,8 @@ def command(
 def _carry_out(
     file: Path, grid: Grid, cells: Sequence[Cell], table: Sequence[Cell], out: Path, stop: bool, json: bool
 ) -> None:
-    """Run ``cells``; the files tell of the whole ``table``, which earlier calls may have filled in part."""
-    from epitaxy.bench.carry_out import carry_out
+    """Run ``cells``, trials first; the files tell of the whole ``table``, part of which earlier calls filled."""
+    from epitaxy.bench.carry_out import carry_out, ordered
     from epitaxy.cli.console import say
     from epitaxy.core.errors import EpitaxyError
     from epitaxy.report.figures import seconds
@@ -71,42 +73,56 @@ def _carry_out(
 
     if out.exists() and not out.is_dir():
         raise EpitaxyError(f"{out}: expected a directory for the runs, found a file")
-    total, number = sum(len(cell.runs) for cell in cells), 0
+    total, number = sum(len(cell.runs) + len(cell.trials) for cell in cells), 0
     failures: dict[str, str] = {}
 
-    def told(cell: Cell, planned: Planned, result: dict[str, Any] | None, reason: str | None, finished: bool) -> None:
+    def told(cell: Cell, piece: Piece, result: dict[str, Any] | None, reason: str | None, finished: bool) -> None:
         nonlocal number
         number += 1
         if not leads():
             return
-        head = f"[{number}/{total}] {cell.title}, {planned.title}: "
+        head = f"[{number}/{total}] {cell.title}, {piece.title}: "
         if result is None:
-            failures[f"{cell.title}, {planned.title}"] = str(reason)
+            failures[f"{cell.title}, {piece.title}"] = str(reason)
             print(f"{head}failed: {reason}", file=sys.stderr, flush=True)
         elif not json:
-            scored = f"{grid.metric} {100 * result['test'].get(grid.metric, float('nan')):.2f} %"
-            say(head + scored + (", finished before" if finished else f", {seconds(result['train_seconds'])}"))
+            scored = _scored(cell.metric, result)
+            say(head + scored + (", finished before" if finished else f", {seconds(result.get('train_seconds'))}"))
 
     try:
         carry_out(cells, told, stop)
     finally:  # an interrupted grid leaves its table too
-        if leads() and any((planned.recipe.out).exists() for cell in table for planned in cell.runs):
+        if leads() and any(piece.recipe.out.exists() for _, piece in ordered(table)):
             _write(file, grid, table, failures, out, json)
     if failures:
         raise EpitaxyError(f"{len(failures)} of {total} runs failed; the same command goes on where it stopped")
 
 
+def _scored(metric: str, result: dict[str, Any]) -> str:
+    """The test score of a run, the validation score of a trial."""
+    if "test" in result:
+        return f"{metric} {100 * result['test'].get(metric, float('nan')):.2f} %"
+    if result["score"] is None:
+        return f"diverged: {result['failed']}"
+    return f"validation {result['metric']} {result['score']:.4f}"
+
+
 def _write(file: Path, grid: Grid, cells: Sequence[Cell], failures: dict[str, str], out: Path, json: bool) -> None:
     from epitaxy.bench.grid_page import build_page
-    from epitaxy.bench.outcome import as_json, legend, lines, markdown, outcome
+    from epitaxy.bench.groups import COUNTING, group_lines, group_means, markdown_parts
+    from epitaxy.bench.outcome import as_json, legend, lines, markdown, outcomes_of
+    from epitaxy.bench.paired import caption, difference_tables, markdown_tables, paired
     from epitaxy.cli.console import say, say_json, table
     from epitaxy.core.storage import write_atomically
     from epitaxy.train.run_directory import write_json
 
-    outcomes = [outcome(cell, grid.metric) for cell in cells]
+    outcomes = outcomes_of(cells)
     found = as_json(file, grid, outcomes, failures)
+    found["paired"] = [one.to_dict() for one in paired(grid, outcomes)]
+    found["groups"] = [one.to_dict() for one in group_means(grid, outcomes)]
     write_json(out / JSON, found)
-    write_atomically(out / MARKDOWN, markdown(grid, outcomes, failures).encode())
+    further = [*markdown_parts(grid, outcomes), *markdown_tables(grid, outcomes)]
+    write_atomically(out / MARKDOWN, markdown(grid, outcomes, failures, further).encode())
     page = build_page(grid, outcomes, failures, out)
     if json:
         say_json(found)
@@ -115,6 +131,13 @@ def _write(file: Path, grid: Grid, cells: Sequence[Cell], failures: dict[str, st
     say(f"\n{grid.title}")
     table(columns, rows, columns[1:])
     say(legend(outcomes))
+    if (means := group_lines(grid, outcomes)) is not None:
+        say("\nMeans of groups")
+        table(*means, means[0][1:])
+        say(COUNTING)
+    for against, names, differences in difference_tables(grid, outcomes):
+        say(f"\n{caption(against)}")
+        table(names, differences, names[1:])
     say(f"{out / JSON}, {out / MARKDOWN}, {page}")
 
 
@@ -131,25 +154,30 @@ def _list(cells: Sequence[Cell], probe: bool, json: bool) -> None:
         states = [standing(planned) for planned in cell.runs]
         row: dict[str, Any] = {"cell": cell.title, "runs": len(states), "finished": states.count("finished")}
         row |= {"begun": states.count("begun"), "published": cell.published, "problem": None}
+        tried = [standing(trial) for trial in cell.trials]
+        row |= {"trials": len(tried), "tried": tried.count("finished")}
         row |= {"method": None, "steps": None, "trained_parameters": None, "seconds": None}
         try:
-            told = plan(cell.runs[0].recipe, measure=probe)
+            told = plan(cell.runs[0].recipe, measure=probe, progress=True)
             row |= {"method": told.title, "steps": told.steps, "trained_parameters": told.trained_parameters}
             if told.time is not None:
                 row["seconds"] = told.time.total * (len(states) - states.count("finished"))
+                row["seconds"] += told.time.training * (len(tried) - tried.count("finished"))
         except EpitaxyError as error:
             row["problem"] = " ".join(str(error).split())
         found.append(row)
     if json:
         say_json(found)
         return
-    names = ("runs", "finished", "steps", "trained parameters", "time left")
+    choosing = any(row["trials"] for row in found)
+    names = (*(("trials",) if choosing else ()), "runs", "finished", "steps", "trained parameters", "time left")
     table(
         ["cell", "method", *names],
         [
             [
                 row["cell"],
                 row["method"] or "?",
+                *([f"{row['tried']}/{row['trials']}"] if choosing else []),
                 str(row["runs"]),
                 str(row["finished"]),
                 count(row["steps"]),
@@ -161,8 +189,9 @@ def _list(cells: Sequence[Cell], probe: bool, json: bool) -> None:
         names,
     )
     total = [row["seconds"] for row in found if row["seconds"] is not None]
-    runs = sum(row["runs"] for row in found)
-    say(f"{len(found)} cells, {runs} runs" + (f", about {seconds(sum(total))} left on this machine" if total else ""))
+    runs, trials = sum(row["runs"] for row in found), sum(row["trials"] for row in found)
+    counted = f"{len(found)} cells, {f'{trials} trials, ' if trials else ''}{runs} runs"
+    say(counted + (f", about {seconds(sum(total))} left on this machine" if total else ""))
     for row in found:
         if row["problem"]:
             say(f"{row['cell']}: cannot run yet: {row['problem']}")

@@ -36,7 +36,8 @@ def command(
 ) -> None:
     """Measure many adapters on one base.
 
-    Accuracy, macro F1 and loss of each, and of the base alone where it has a head for these classes.
+    Accuracy, unweighted accuracy, macro F1 and loss of each, and of the base alone where it has a head for these
+    classes.
     """
     from epitaxy.cli.console import say, say_json, table
     from epitaxy.cli.opening import adapter_in
@@ -47,7 +48,7 @@ def command(
     if split not in SPLITS:
         raise EpitaxyError(f"no split is called {split!r}{nearest(split, SPLITS)}")
     recipe, paths = _understand(target, overrides or [], adapters or [], data)
-    rows = [asdict(row) for row in evaluate(recipe, [adapter_in(path) for path in paths], split, batch)]
+    rows = [asdict(row) for row in evaluate(recipe, [adapter_in(path) for path in paths], split, batch, progress=True)]
     found = {"base": recipe.base.source, "data": recipe.data.source, "split": split, "results": rows}
     if out is not None:
         write_json(out, found)
@@ -55,7 +56,7 @@ def command(
         say_json(found)
         return
     say(f"base {recipe.base.source}, data {recipe.data.source}, {rows[0]['examples']:,} examples of the {split} split")
-    numbers = ("accuracy", "macro F1", "loss", "parameters", "seconds")
+    numbers = ("accuracy", "unweighted", "macro F1", "loss", "parameters", "seconds")
     table(
         ["adapter", "method", *numbers],
         [
@@ -63,6 +64,7 @@ def command(
                 row["adapter"] or "(none)",
                 row["method"],
                 f"{row['accuracy']:.4f}",
+                f"{row['unweighted_accuracy']:.4f}",
                 f"{row['macro_f1']:.4f}",
                 f"{row['loss']:.4f}",
                 f"{row['parameters']:,}",

@@ -11,7 +11,7 @@ import typer
 from epitaxy.cli import arguments
 
 if TYPE_CHECKING:
-    from epitaxy.train.plan import Plan
+    from epitaxy.train.plan import Objective, Plan
 
 
 def command(
@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Tell what a recipe will cost and give.
 
-    Parameters, file size, memory, time, whether the result merges, and to what it exports.
+    Parameters, file size, memory, time, whether the result merges or folds, and to what it exports.
     """
     show(recipe, overrides or [], probe, json)
 
@@ -35,7 +35,7 @@ def show(recipe: str, overrides: Sequence[str], probe: bool = True, json: bool =
     from epitaxy.train.recipe_files import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    found = plan(loaded, measure=probe)
+    found = plan(loaded, measure=probe, progress=True)
     if json:
         say_json({**asdict(found), "recipe": loaded.to_dict()})
         return
@@ -59,6 +59,7 @@ def _print(plan: Plan) -> None:
             ("trains", f"{plan.trained_parameters:,} parameters, {share:.2%} of the base's number"),
             ("stores", f"{plan.stored_parameters:,} values, {plan.file_bytes:,} bytes ({size(plan.file_bytes)})"),
             ("steps", f"{plan.steps:,}"),
+            *([("objective", _objective(plan.objective))] if plan.objective else []),
         ]
     )
     say("places")
@@ -66,11 +67,21 @@ def _print(plan: Plan) -> None:
         say(f"  {place}")
     for note in plan.data["notes"]:
         say(f"note: {note}")
+    for name, why in plan.data["left_out"]:
+        say(f"left out: {name}: {why}")
     _print_costs(plan)
     say(f"merges: {'yes' if plan.merge.possible else 'no'}, {plan.merge.reason}")
+    say(f"folds: {'yes' if plan.fold.possible else 'no'}, {plan.fold.reason}")
     say("exports")
     for export in plan.exports:
         say(f"  {export.name}: {'yes' if export.possible else 'no'}" + (f", {export.reason}" if export.reason else ""))
+
+
+def _objective(objective: Objective) -> str:
+    return (
+        f"{objective.title}; about {objective.work:.3g} times the work and {objective.activations:.3g} times the "
+        "activations of a plain step"
+    )
 
 
 def _front_end(settings: Mapping[str, Any]) -> str:

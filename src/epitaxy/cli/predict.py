@@ -19,7 +19,9 @@ FORMATS = (".csv", ".json")
 
 
 def command(
-    target: Annotated[Path, typer.Argument(metavar="ADAPTER|RUN", help="An adapter, or a run directory.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="ADAPTER|RUN|MODEL", help="An adapter, a run directory, or a merged model.")
+    ],
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files and folders.", show_default=False)],
     out: Annotated[
         Path | None, typer.Option("--out", help="Write all scores to this .csv or .json file.", show_default=False)
@@ -55,7 +57,7 @@ def command(
     if aggregate not in ("mean", "max"):
         raise EpitaxyError(f"--aggregate: no way is called {aggregate!r}{nearest(aggregate, ('mean', 'max'))}")
     if not target.exists():
-        raise EpitaxyError(f"{target}: no such adapter or run directory")
+        raise EpitaxyError(f"{target}: no such adapter, run directory or model")
     for path in inputs:
         if not path.exists():
             raise EpitaxyError(f"{path}: no such file or folder")

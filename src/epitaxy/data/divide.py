@@ -57,7 +57,7 @@ def divide(checked: Checked, plan: Plan, spec: DataSpec, notes: list[str]) -> Pa
         for role, share in sorted(shares.items()):
             if getattr(spec, role) is None:
                 notes.append(f"{spec.source}: no {role} split given, {share:.0%} of the training rows are used for it")
-    return {role: sorted(parts[role], key=lambda row: row.name) for role in SPLITS}
+    return {role: sorted(parts.get(role, []), key=lambda row: row.name) for role in SPLITS}
 
 
 def _train_name(spec: DataSpec, names: Sequence[str]) -> str | None:

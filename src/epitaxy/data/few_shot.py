@@ -35,6 +35,24 @@ def select(labels: Sequence[Hashable], shots: int, seed: int | None = None) -> l
     return chosen
 
 
+def share(rows: Sequence[Row], spec: DataSpec, notes: list[str]) -> list[Row]:
+    """``spec.fraction`` of the rows of every class, at least one, drawn by ``spec.seed``; a larger one contains it."""
+    if spec.fraction is None:
+        return list(rows)
+    by_class: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.name):
+        by_class[str(row.label)].append(row)
+    kept: set[int] = set()
+    for label, held in by_class.items():
+        order = np.random.default_rng([spec.seed, zlib.crc32(label.encode()), 3]).permutation(len(held))
+        kept |= {id(held[number]) for number in order[: max(1, round(spec.fraction * len(held)))]}
+    notes.append(
+        f"{spec.source}: {len(kept)} of {len(rows)} training examples are used, {spec.fraction:g} of every class, "
+        f"drawn with seed {spec.seed}"
+    )
+    return [row for row in rows if id(row) in kept]
+
+
 def few_shot(rows: Sequence[Row], order: Mapping[int, int], spec: DataSpec, notes: list[str]) -> list[Row]:
     """The rows that ``spec.shots`` leaves of the training split; ``order`` is each row's place in the source, by id.
 

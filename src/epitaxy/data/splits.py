@@ -13,19 +13,21 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from epitaxy.core.errors import FormatError, nearest
+from epitaxy.data import audio_sets, image_sets
 from epitaxy.data.audio.sound import Sound
 from epitaxy.data.audio.waveform import Mono
-from epitaxy.data.audio_sets import READERS
 from epitaxy.data.check import Checked, Skipped, check_rows, read_bytes
 from epitaxy.data.decode import Waveform, decode_audio, decode_image
 from epitaxy.data.divide import Parts, Plan, count_classes, divide, limit, plan_splits, shared_content
-from epitaxy.data.few_shot import few_shot
+from epitaxy.data.few_shot import few_shot, share
 from epitaxy.data.folder import modality_of, read_folder
 from epitaxy.data.hub import SAVED, read_hub
 from epitaxy.data.shipped import PREFIX, shipped_archive
 from epitaxy.data.spec import DataSpec, Modality, Pool, Row, natural_order
 from epitaxy.data.stored import Tree, list_archive, list_folder
 from epitaxy.data.table import SUFFIXES, is_table, read_table, table_files
+
+READERS = {**audio_sets.READERS, **image_sets.READERS}
 
 __all__ = ["DataSpec", "Example", "Examples", "Modality", "Splits", "Waveform", "load_splits"]
 
@@ -85,7 +87,8 @@ class Examples(Dataset[Example]):
 
 @dataclass
 class Splits:
-    """Three splits; ``skipped`` lists (name, reason) of what was left out, ``notes`` what was decided or noticed."""
+    """Three splits, of which validation may be empty; ``groups`` names the set each class came from, where sets were
+    joined; ``skipped`` lists (name, reason) of what was left out, ``notes`` what was decided or noticed."""
 
     train: Examples
     validation: Examples
@@ -95,6 +98,7 @@ class Splits:
     kind: str
     skipped: Skipped = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    groups: dict[str, str] = field(default_factory=dict)
 
     def lazily(self) -> Splits:
         """The same splits with sounds that stay in their files until samples are asked for."""
@@ -122,6 +126,8 @@ def load_splits(spec: DataSpec) -> Splits:
         notes.append(
             f"{spec.source}: {len(checked.skipped)} examples were left out, the first is {checked.skipped[0][0]}"
         )
+    if not pool.thinned:
+        parts["train"] = share(parts["train"], spec, notes)
     parts["train"] = few_shot(parts["train"], order, spec, notes)
     limits = {"train": spec.limit_per_class}
     sets = {
@@ -135,7 +141,15 @@ def load_splits(spec: DataSpec) -> Splits:
         for role, rows in parts.items()
     }
     return Splits(
-        sets["train"], sets["validation"], sets["test"], classes, pool.modality, pool.kind, checked.skipped, notes
+        sets["train"],
+        sets["validation"],
+        sets["test"],
+        classes,
+        pool.modality,
+        pool.kind,
+        checked.skipped,
+        notes,
+        pool.groups,
     )
 
 
@@ -143,7 +157,10 @@ def _plan(pool: Pool, spec: DataSpec, notes: list[str]) -> Plan:
     """Choose the splits, and let go of the rows that are in none of them."""
     found = dict.fromkeys([*(row.split for row in pool.rows), *(split for split, _ in pool.empty)])
     names = [name for name in found if name is not None]
-    plan = plan_splits(names, spec)
+    if pool.settled:
+        plan = Plan("train", {role: role for role in ("validation", "test") if role in names})
+    else:
+        plan = plan_splits(names, spec)
     unused = Counter(row.split for row in pool.rows if not plan.uses(row))
     if unused:
         shown = ", ".join(f"{split or 'no split named'} ({count} rows)" for split, count in unused.items())
@@ -160,6 +177,10 @@ def _read(spec: DataSpec) -> Pool:
         return _read_tree(list_archive(shipped_archive(spec.source.removeprefix(PREFIX))), spec)
     if spec.kind == "hub":
         return read_hub(spec)
+    if spec.kind in image_sets.READERS:
+        if _is_hub(path, spec):
+            return image_sets.from_hub(spec)
+        path = image_sets.narrowed(path, spec)
     if not path.exists():
         if spec.kind == "auto" and not _looks_like_path(spec.source):
             return read_hub(spec)
@@ -193,12 +214,21 @@ def _read_tree(tree: Tree, spec: DataSpec) -> Pool:
     return read_folder(tree, spec, modality or "vision")
 
 
+def _is_hub(path: Path, spec: DataSpec) -> bool:
+    """Whether a published set is a data set of the ``datasets`` library: a name of the hub, or saved in a folder."""
+    if path.exists():
+        return path.is_dir() and any((path / name).exists() for name in SAVED)
+    return not _looks_like_path(spec.source) and "/" in spec.source
+
+
 def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith((".zip", *SUFFIXES))
 
 
 def _settle_classes(pool: Pool, parts: Parts, checked: Checked, spec: DataSpec, notes: list[str]) -> tuple[str, ...]:
     """The classes, after checking that each is in every split; with ``on_bad="skip"`` gaps are noted, not refused."""
+    if pool.settled:
+        return _declared(pool, parts, spec, notes)
     lenient = spec.on_bad == "skip"
     counts = {role: count_classes(rows) for role, rows in parts.items()}
     faults = [_emptiness(place) for place in pool.empty]
@@ -225,6 +255,21 @@ def _settle_classes(pool: Pool, parts: Parts, checked: Checked, spec: DataSpec, 
     if len(classes) < 2:
         raise FormatError(f"{spec.source}: a classifier needs at least two classes, found {', '.join(classes)}")
     return classes
+
+
+def _declared(pool: Pool, parts: Parts, spec: DataSpec, notes: list[str]) -> tuple[str, ...]:
+    """The classes the source declares, also those that a small training split lacks."""
+    for role in ("train", "test"):
+        if not parts[role]:
+            raise FormatError(f"{spec.source}: the {role} split has no examples")
+    held = count_classes(parts["train"])
+    lacking = [label for label in pool.declared if not held[label]]
+    if lacking:
+        notes.append(
+            f"{spec.source}: {len(lacking)} of {len(pool.declared)} classes have no training example, the first is "
+            f"{lacking[0]!r}; they count in the test"
+        )
+    return pool.declared
 
 
 def _emptiness(place: tuple[str | None, str]) -> str:

@@ -19,6 +19,7 @@ from epitaxy.core.edits import Branch, Delta, JointKV, PooledHead, Swap, Tokens
 from epitaxy.core.errors import UnsupportedError
 from epitaxy.methods.bottleneck import Bottleneck, TwoLayerMLP
 from epitaxy.methods.conformer import Conformer, ConformerConvolution
+from epitaxy.methods.convpass import ConvolutionalBypass, Convpass
 from epitaxy.methods.dense_moa import DenseMixture, DenseMoA
 from epitaxy.methods.lora import LoRA
 from epitaxy.methods.mixture import Mixture
@@ -38,7 +39,8 @@ CONFORMER = {
     "inner_norm": "bnorm",
     "pointwise_out": "pwise_conv2",
 }
-EXPERTS = {"bottleneck": BOTTLENECK, "convpass": {"down": "adapter_down", "conv": "adapter_conv", "up": "adapter_up"}}
+CONVPASS = {"down": "adapter_down", "conv": "adapter_conv", "up": "adapter_up"}
+EXPERTS = {"bottleneck": BOTTLENECK, "convpass": CONVPASS}
 HEAD = "classification_head"
 PREFIXES = ("model.", "")  # the published classes hold the trunk twice
 COUNTER = "bnorm.num_batches_tracked"
@@ -49,9 +51,10 @@ class Published:
     """What names and shapes do not tell; the defaults are those of the published runs.
 
     ``lora_scale`` is alpha over the reduction rate (16 / 128 and 8 / 64 are both 0.125); ``order`` and ``residual``
-    say how bottleneck and Conformer adapters stand to their sub-layer; ``side`` is the sub-layer of a single adapter
-    or mixture whose keys do not say it (otherwise told from the norms that were trained); ``pool`` is what the head
-    averages; ``dead_norm`` that a Conformer adapter computes its layer norm in vain, as on AST.
+    say how single adapters stand to their sub-layer; ``side`` is the sub-layer of an adapter or mixture whose keys do
+    not say it (otherwise told from the norms that were trained); ``pool`` is what the head averages; ``dead_norm`` that
+    a Conformer adapter computes its layer norm in vain, as on AST, ``dead_convolution`` that a Convpass adapter
+    does so with its convolution, as everywhere.
     """
 
     pool: Literal["all", "cls", "patches", "prompts", "prompts+patches"] = "all"
@@ -60,6 +63,7 @@ class Published:
     residual: bool | None = None
     side: Side | None = None
     dead_norm: bool = True
+    dead_convolution: bool = True
 
 
 @dataclass
@@ -140,6 +144,19 @@ def _conformer(found: Mapping[str, Tensor], options: Published, side: Side) -> C
     )
 
 
+def _convpass(found: Mapping[str, Tensor], options: Published, side: Side) -> Convpass:
+    shape = next(value.shape for key, value in found.items() if key.endswith("adapter_conv.weight"))
+    return Convpass(
+        at=_places(found, side),
+        bottleneck=int(shape[0]),
+        kernel=int(shape[2]),
+        dimensions=1,
+        order=options.order,
+        residual=options.residual if options.residual is not None else False,
+        legacy=options.dead_convolution,
+    )
+
+
 def _mixture(found: Mapping[str, Tensor], options: Published, side: Side) -> DenseMoA | SoftMoA:
     numbers = {int(match[1]) for key in found if (match := re.search(r"\.moa\.(\d+)\.", key))}
     convpass = any("adapter_down" in key for key in found)
@@ -171,6 +188,7 @@ ENTRIES: dict[str, Entry] = {
         rf"{_MODULE}((lnorm|pwise_conv[12]|dwise_conv|bnorm){_LINEAR}|bnorm\.(running_(mean|var)|num_batches_tracked))",
         _conformer,
     ),
+    "convpass": _entry(rf"{_MODULE}adapter_(down|conv|up){_LINEAR}", _convpass),
     "mixture": _entry(
         rf"{LAYER}(moa(_mhsa|_ffn)?\.({_EXPERT}|slot_params|scale)|router(_mhsa|_ffn)?\.ff{_LINEAR})",
         _mixture,
@@ -231,7 +249,7 @@ def _links_of(piece: Piece, names: Mapping[str, str], style: Style) -> Iterator[
     elif isinstance(edit, Swap) and place:
         for ours in edit.names:
             yield Link(f"{key}.{ours}", (f"{place}.{ours}",))
-    elif isinstance(edit, Branch) and layer and piece.role in SIDES.values():
+    elif isinstance(edit, Branch) and layer and piece.role in SIDES.values() and edit.scale == 1.0:
         yield from _branch_links(edit, f"{key}.module", layer, piece.role, style)
 
 
@@ -239,12 +257,17 @@ def _branch_links(edit: Branch, key: str, layer: str, role: str, style: Style) -
     module = edit.module
     word = next(word for word, side in SIDES.items() if side == role)
     adapter = f"{layer}adapter_module" + ("" if style.single else f"_{word}")
-    if isinstance(module, TwoLayerMLP):
+    if isinstance(module, TwoLayerMLP) and module.activation == "gelu":
         if edit.reads == "stream" or module.norm is not None or isinstance(edit.scale, nn.Parameter):
             return  # the published adapter has neither
         for ours, theirs in BOTTLENECK.items():
             for leaf in ("weight", "bias"):
                 yield Link(f"{key}.{ours}.{leaf}", (f"{adapter}.{theirs}.{leaf}",))
+    elif isinstance(module, ConvolutionalBypass) and module.grid is None:
+        for ours, theirs in CONVPASS.items():
+            for leaf in ("weight", "bias"):
+                own = "convolution" if ours == "conv" else ours
+                yield Link(f"{key}.{own}.{leaf}", (f"{adapter}.{theirs}.{leaf}",))
     elif isinstance(module, ConformerConvolution):
         for name, _ in module.state_dict().items():
             ours, _, leaf = name.rpartition(".")

@@ -133,12 +133,14 @@ def clocks(model: nn.Module) -> list[Clock]:
 
 @contextmanager
 def at_step(model: nn.Module, step: int, micro: int = 0, number: int = 0, passes: int = 1) -> Iterator[None]:
-    """Inside the ``with`` block every clock of ``model`` stands at this step and pass."""
-    found = clocks(model)
-    for clock in found:
+    """Inside the ``with`` block every clock of ``model`` stands at this step and pass; such blocks may be nested."""
+    before = [(clock, clock.automatic, clock.passes, clock.now.clone()) for clock in clocks(model)]
+    for clock, *_ in before:
         clock.set(step, micro, number, passes)
     try:
         yield
     finally:
-        for clock in found:
-            clock.release()
+        for clock, automatic, several, now in before:
+            clock.automatic, clock.passes = automatic, several
+            if not automatic:
+                clock.now.copy_(now)

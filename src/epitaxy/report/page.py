@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 PAGE = "report.html"
+LISTED = 500  # examples that were left out; more are in result.json
 KINDS = {"vision": "pictures", "audio": "sounds", "text": "texts"}
 
 
@@ -41,6 +42,8 @@ def content(run: Run) -> dict[str, Any]:
         "run": run,
         "result": result,
         "facts": _facts(result) if result else [],
+        "skipped": [tuple(entry) for entry in result["data"]["skipped"][:LISTED]] if result else [],
+        "unlisted": max(0, len(result["data"]["skipped"]) - LISTED) if result else 0,
         "costs": _costs(result) if result else [],
         "curves": curves_of(run),
         "updates": update_charts(run),
@@ -82,18 +85,32 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Seed", str(result["seed"])),
         ("Steps", _steps(result)),
     ]
+    if result.get("objective"):
+        facts.append(("Objective", str(result["objective"])))
     if result["method"] == "full fine-tuning":
         facts[1] = ("Base", f"{base['source']} ({base['class']}, {base['parameters']:,} parameters, all trained)")
-    if data["skipped"]:
-        first, why = data["skipped"][0]
-        facts.append(("Skipped", f"{len(data['skipped'])} examples, such as {first} ({why})"))
+    if "normalisation" in data:
+        facts.append(("Normalisation of pixels", normalisation_shown(data["normalisation"])))
+    if "groups" in result:
+        own = (f"{name} {one['accuracy']:.2%} of {one['examples']:,}" for name, one in result["groups"].items())
+        facts.append(("Sets", ", ".join(own)))
     return facts + [("Note", note) for note in data["notes"]]
+
+
+def normalisation_shown(used: Mapping[str, Any]) -> str:
+    """Which normalisation of pictures a result was got with, in a few words."""
+    if used["mean"] is None:
+        return "the model's own processor"
+    name = {"processor": "the model's own processor", "model": "the model's own"}.get(used["name"], used["name"])
+    return f"{name}: mean {', '.join(f'{n:g}' for n in used['mean'])}; std {', '.join(f'{n:g}' for n in used['std'])}"
 
 
 def _steps(result: Mapping[str, Any]) -> str:
     text = f"{result['steps']:,}"
     if result["validation"]["step"] is not None:
         text += f", the best on validation after {result['validation']['step']:,}"
+    if result.get("skipped_steps"):
+        text += f", {result['skipped_steps']:,} skipped because loss or gradient was not finite"
     return text + (", stopped early" if result["stopped_early"] else "")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from epitaxy.core.errors import EpitaxyError, FormatError
 from epitaxy.tasks.group import Group
-from epitaxy.tasks.metrics import Metrics, score
+from epitaxy.tasks.metrics import SCALARS, Metrics, score
 
 Batch = dict[str, Tensor]
 
@@ -55,7 +55,7 @@ Draw = tuple[int, ...]  # what decides the chances of one training example: (see
 
 
 class FrontEnd(Protocol):
-    """Makes the input of a model of sounds; ``draws`` marks training examples."""
+    """Makes the input of a model of sounds or pictures; ``draws`` marks training examples."""
 
     def inputs(self, examples: Sequence[Example], draws: Sequence[Draw] | None = None) -> Mapping[str, Tensor]: ...
 
@@ -63,7 +63,7 @@ class FrontEnd(Protocol):
 class Classification:
     """Cross-entropy over ``classes`` with the inputs that ``opened``'s processor, or ``front_end``, makes."""
 
-    metrics = ("accuracy", "macro_f1", "loss")
+    metrics = SCALARS
 
     def __init__(
         self,
@@ -97,12 +97,12 @@ class Classification:
         kind = "text" if isinstance(values[0], str) else "audio" if hasattr(values[0], "samples") else "vision"
         if kind != self.modality:
             raise FormatError(f"{self.source} reads {found[self.modality]}s, but {examples[0].name} is a {found[kind]}")
+        if self.front_end is not None and kind != "text":
+            return self.front_end.inputs(examples, draws)
         if kind == "vision":
             return self.processor(images=values, return_tensors="pt")
         if kind == "text":
             return self.processor(values, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt")
-        if self.front_end is not None:
-            return self.front_end.inputs(examples, draws)
         rate = int(self.processor.sampling_rate)
         samples = [wave.at(rate).samples for wave in values]
         raw = self.processor.model_input_names[0] == "input_values"  # spectrograms have a length of their own
@@ -131,7 +131,11 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of a batch."""
-        return F.cross_entropy(self.logits(model, batch).float(), batch["labels"], label_smoothing=self.label_smoothing)
+        return self.criterion(self.logits(model, batch), batch)
+
+    def criterion(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the scores of a batch, in fp32."""
+        return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=self.label_smoothing)
 
     def evaluate(
         self, model: nn.Module, dataset: Examples, batch_size: int = 64, group: Group | None = None

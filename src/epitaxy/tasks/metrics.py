@@ -9,16 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SCALARS = ("accuracy", "unweighted_accuracy", "macro_f1", "loss")
+OTHER_NAMES = {"wa": "accuracy", "weighted_accuracy": "accuracy", "ua": "unweighted_accuracy"}
+OTHER_NAMES |= dict.fromkeys(("uar", "balanced_accuracy", "mean_recall"), "unweighted_accuracy")
+
 
 @dataclass(frozen=True)
 class Metrics:
     """What a classifier scored; the lists run over the examples in the order of the data set.
 
-    ``accuracy`` and ``macro_f1`` lie in [0, 1]; ``loss`` is the mean cross-entropy in nats; ``confusion`` counts
-    examples by [target][prediction]; ``confidences`` are the probabilities of the predictions.
+    ``accuracy`` is the share of examples that are right (weighted accuracy, WA, in work on speech emotion);
+    ``unweighted_accuracy`` (UA) the mean of the classes' own shares.  Both and ``macro_f1`` lie in [0, 1]; ``loss`` is
+    the mean cross-entropy in nats; ``confusion`` counts examples by [target][prediction]; ``confidences`` are the
+    probabilities of the predictions.
     """
 
     accuracy: float
+    unweighted_accuracy: float
     macro_f1: float
     loss: float
     confusion: list[list[int]]
@@ -28,7 +35,7 @@ class Metrics:
 
     def scalars(self) -> dict[str, float]:
         """The single numbers, by name."""
-        return {"accuracy": self.accuracy, "macro_f1": self.macro_f1, "loss": self.loss}
+        return {name: getattr(self, name) for name in SCALARS}
 
 
 def score(logits: Tensor, targets: Sequence[int]) -> Metrics:
@@ -39,6 +46,7 @@ def score(logits: Tensor, targets: Sequence[int]) -> Metrics:
     confusion = torch.bincount(truth * classes + guesses, minlength=classes * classes).view(classes, classes)
     return Metrics(
         accuracy=float((guesses == truth).double().mean()),
+        unweighted_accuracy=unweighted_accuracy(confusion),
         macro_f1=macro_f1(confusion),
         loss=float(F.cross_entropy(logits, truth)),
         confusion=confusion.tolist(),
@@ -46,6 +54,13 @@ def score(logits: Tensor, targets: Sequence[int]) -> Metrics:
         targets=truth.tolist(),
         confidences=logits.softmax(1).amax(1).tolist(),
     )
+
+
+def unweighted_accuracy(confusion: Tensor) -> float:
+    """Mean recall over the classes that occur among the targets, given counts by [target][prediction]."""
+    examples = confusion.sum(1).double()
+    occurs = examples > 0
+    return float((confusion.diagonal().double()[occurs] / examples[occurs]).mean())
 
 
 def macro_f1(confusion: Tensor) -> float:

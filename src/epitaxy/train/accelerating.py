@@ -9,12 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError, UnsupportedError
-from epitaxy.train.config import TrainConfig
+from epitaxy.methods.draws import clocks
+from epitaxy.methods.partition import split_parameters
+from epitaxy.train.config import BaseMode, TrainConfig
+from epitaxy.train.modes import training_modes
 from epitaxy.train.tracking import check_trackers
-from epitaxy.train.trainable import freeze_statistics
 
-PATCHED = ("forward", "_original_forward", "_is_accelerate_prepared")  # what accelerate leaves on a model
+IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks for names of what it leaves to each process
+PATCHED = ("forward", "_original_forward", "_is_accelerate_prepared", IGNORED)  # what is left on a model
 
 
 def make_accelerator(config: TrainConfig, out: Path) -> Any:
@@ -60,18 +64,27 @@ def check_precision(precision: str, device: str) -> None:
 
 
 @contextmanager
-def prepared(accelerator: Any, model: nn.Module) -> Iterator[nn.Module]:
-    """The model as accelerate wraps it, in training mode; afterwards its modes and methods are what they were."""
+def prepared(
+    accelerator: Any, model: nn.Module, adapter: Adapter | None, base_mode: BaseMode = "eval"
+) -> Iterator[nn.Module]:
+    """The model as accelerate wraps it, its modes set for training; afterwards modes and methods are what they were."""
     before = set(model.__dict__)
-    modes = {module: module.training for module in model.modules()}
     try:
+        setattr(model, IGNORED, [*getattr(model, IGNORED, ()), *draws_in(model)])
         wrapped: nn.Module = accelerator.prepare(model)
-        wrapped.train()
-        freeze_statistics(wrapped)
-        yield wrapped
+        with training_modes(model, [] if adapter is None else [adapter], base_mode):
+            yield wrapped
     finally:
         for name in PATCHED:
             if name not in before:
                 model.__dict__.pop(name, None)
-        for module, training in modes.items():
-            module.training = training
+
+
+def draws_in(model: nn.Module) -> list[str]:
+    """Names of the buffers in which adapters keep what this process drew, and when.
+
+    DDP must not write the first process's over them: processes may draw for themselves, and the optimiser unites what
+    they drew.
+    """
+    own = {id(clock.now) for clock in clocks(model)} | {id(used) for *_, used in split_parameters(model)}
+    return [name for name, buffer in model.named_buffers() if id(buffer) in own]

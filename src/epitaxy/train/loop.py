@@ -1,8 +1,8 @@
 """The training loop: knows neither modality nor method, can be killed at any moment and taken up exactly.
 
 ``metrics.jsonl`` in the output folder has one object per line: ``step``, ``epoch``, ``loss`` (mean since the line
-before), ``lr``, ``grad_norm`` (before clipping), ``examples_per_second``, and at evaluations ``validation_<metric>``
-and ``update_norms`` (module -> root mean square of its change since the start).
+before), ``lr``, ``grad_norm`` (before clipping), ``skipped_steps`` (so far), ``examples_per_second``, and at
+evaluations ``validation_<metric>`` and ``update_norms`` (module -> root mean square of its change since the start).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import nn
 from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError
 from epitaxy.core.storage import read_tensors
+from epitaxy.tasks.objective import Objective
+from epitaxy.tasks.random_state import seed_everything
 from epitaxy.train import resume as resuming
 from epitaxy.train.accelerating import make_accelerator, prepared
 from epitaxy.train.checkpoint import (
@@ -32,12 +34,11 @@ from epitaxy.train.feeding import batches
 from epitaxy.train.metrics_log import MetricsLog, read_metrics
 from epitaxy.train.order import Order
 from epitaxy.train.progress import Progress
-from epitaxy.train.random_state import seed_everything
-from epitaxy.train.session import Objective, Session, check_metric
+from epitaxy.train.session import LossFunction, Session, check_metric
 from epitaxy.train.tracking import start_trackers, stop_trackers, track
-from epitaxy.train.trainable import objective_of, trainable_of
+from epitaxy.train.trainable import objective_for, trainable_of
 
-__all__ = ["Objective", "TrainConfig", "TrainResult", "count_steps", "read_metrics", "train"]
+__all__ = ["LossFunction", "Objective", "TrainConfig", "TrainResult", "count_steps", "read_metrics", "train"]
 
 METRICS, INITIAL = "metrics.jsonl", "initial.safetensors"
 
@@ -50,27 +51,29 @@ def train(
     validation_data: Any,
     config: TrainConfig,
     out: Path,
-    objective: Objective | None = None,
+    objective: Objective | LossFunction | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> TrainResult:
     """Train ``adapter`` (None: every parameter that asks for a gradient) and leave the model at its best state.
 
     ``task`` has ``batch(examples)``, ``loss(model, batch)`` and ``evaluate(model, data, batch_size)``.  ``objective``
-    replaces the plain loss: a function of (model, batch, task loss); a method may bring its own.  ``out`` receives
+    replaces the plain loss: a function of (model, batch, task loss), or an object with ``parts`` such as ``TwoPass``;
+    a method may bring its own.  ``out`` receives
     ``metrics.jsonl`` and ``checkpoints/``; with ``resume`` a run found there is taken up where its last checkpoint
     stood, and a finished one is not repeated.  Torch, numpy and python are seeded from ``config.seed``.
 
     Raises ``StateError`` when the adapter cannot learn or the checkpoint is of another run, ``EpitaxyError`` when the
-    settings do not fit or the loss stops being finite; the last checkpoint is then still there.
+    settings do not fit or loss or gradient stay without finite values; the last checkpoint is then still there.
     """
     _check(task, train_data, validation_data, config)
     trainable_of(model, adapter)
     accelerator = make_accelerator(config, out)
-    with prepared(accelerator, model) as wrapped:
+    chosen = objective_for(adapter, objective)
+    with prepared(accelerator, model, adapter, config.base_mode) as wrapped:
         trainable = trainable_of(model, adapter)
         steps = count_steps(config, len(train_data))
-        session = Session(accelerator, wrapped, trainable, task, config, steps, objective or objective_of(adapter))
+        session = Session(accelerator, wrapped, trainable, task, config, steps, chosen)
         who = resuming.identity(model, adapter, session, train_data, validation_data)
         checkpoint = _begin(session, who, out / FOLDER, resume)
         log = _Journal(session, who, out, 0 if checkpoint is None else int(checkpoint.facts["position"]))
@@ -90,6 +93,7 @@ def train(
         history=read_metrics(out / METRICS),
         trained_parameters=sum(parameter.numel() for parameter in trainable.parameters.values()),
         resumed_at=None if checkpoint is None else checkpoint.step,
+        skipped_steps=standing.skipped,
     )
 
 

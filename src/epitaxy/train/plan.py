@@ -18,6 +18,7 @@ from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError, UnsupportedError
 from epitaxy.core.explain import explain
 from epitaxy.core.files import TENSORS, formats, save
+from epitaxy.core.fold import fold
 from epitaxy.core.host import activate
 from epitaxy.core.merge import merge, unmerge
 from epitaxy.tasks.classification import Classification
@@ -29,6 +30,7 @@ from epitaxy.train.recipe import Recipe
 from epitaxy.train.run import method_title
 from epitaxy.train.session import check_metric
 from epitaxy.train.tracking import check_trackers
+from epitaxy.train.trainable import objective_for
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,15 @@ class Time:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What replaces the plain loss: work and activations as multiples of a plain step's."""
+
+    title: str
+    work: float
+    activations: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything ``epitaxy plan`` prints."""
 
@@ -85,28 +96,33 @@ class Plan:
     places: tuple[str, ...]
     data: Mapping[str, Any]
     steps: int
+    objective: Objective | None
     merge: Ability
+    fold: Ability
     exports: tuple[Ability, ...]
     memory: Memory
     time: Time | None
     device: str
 
 
-def plan(recipe: Recipe, measure: bool = True) -> Plan:
-    """Work out the cost of ``recipe``; ``measure=False`` leaves out what has to be measured.
+def plan(recipe: Recipe, measure: bool = True, progress: bool = False) -> Plan:
+    """Work out the cost of ``recipe``; ``measure=False`` leaves out what has to be measured, ``progress`` shows what
+    takes long.
 
     Raises ``EpitaxyError`` for whatever would stop the run before its first step.
     """
     check_trackers(recipe.train.trackers)
     check_metric(recipe.train.metric, Classification.metrics)
-    ready = prepare(recipe)
+    ready = prepare(recipe, progress=progress)
     model, adapter, splits = ready.opened.model, ready.adapter, ready.splits
     explanation = explain(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = count_steps(recipe.train, len(splits.train))
     stored, size, exports = _stored(model, adapter, recipe.name)
     mergeable = _merges(model, adapter)
-    measured = probe(ready, recipe.train) if measure else None
+    objective_for(adapter, recipe.objective)  # refuses what would be refused
+    objective = _objective(recipe)
+    measured = probe(ready, recipe.train, recipe.objective) if measure else None
     own = {id(parameter) for parameter in adapter.parameters()} if adapter is not None else {id(p) for p in trained}
     bytes_trained = sum(p.numel() * p.element_size() for p in trained)
     memory = Memory(
@@ -114,7 +130,7 @@ def plan(recipe: Recipe, measure: bool = True) -> Plan:
         trained=bytes_trained,
         gradients=bytes_trained,
         optimizer=2 * bytes_trained,  # AdamW keeps two moments of each parameter
-        activations=measured.activations if measured else None,
+        activations=round(measured.activations * (objective.activations if objective else 1)) if measured else None,
     )
     return Plan(
         title=method_title(recipe),
@@ -131,16 +147,24 @@ def plan(recipe: Recipe, measure: bool = True) -> Plan:
             "classes": list(splits.classes),
             "counts": {part: len(getattr(splits, part)) for part in ("train", "validation", "test")},
             "skipped": len(splits.skipped),
+            "left_out": [list(entry) for entry in splits.skipped],
             "notes": list(splits.notes),
             FRONT_END: settings_of(ready.task),
         },
         steps=steps,
+        objective=objective,
         merge=mergeable,
+        fold=_folds(model, adapter),
         exports=exports,
         memory=memory,
         time=_time(measured, recipe, ready, steps) if measured else None,
         device=str(next(model.parameters()).device),
     )
+
+
+def _objective(recipe: Recipe) -> Objective | None:
+    found = recipe.objective
+    return None if found is None else Objective(str(found), found.cost(not recipe.full), found.memory)
 
 
 def _merges(model: nn.Module, adapter: Adapter | None) -> Ability:
@@ -153,6 +177,22 @@ def _merges(model: nn.Module, adapter: Adapter | None) -> Ability:
     unmerge(model, adapter.name)
     activate(model, adapter.name)
     return Ability("merge", True, "into the weights of the base, at no cost when it runs")
+
+
+def _folds(model: nn.Module, adapter: Adapter | None) -> Ability:
+    if adapter is None:
+        return Ability("fold", True, "the base itself is trained; there is nothing to fold")
+    own = {id(parameter) for parameter in adapter.parameters()}
+    before = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
+    try:
+        after = sum(parameter.numel() for parameter in fold(model, adapter.name).parameters())
+    except UnsupportedError as error:
+        return Ability("fold", False, str(error))
+    if after == before:
+        return Ability("fold", True, "all of it merges")
+    return Ability(
+        "fold", True, f"into wider feed-forwards of the same class, {after / before - 1:.2%} more parameters"
+    )
 
 
 def _stored(model: nn.Module, adapter: Adapter | None, name: str) -> tuple[int, int, tuple[Ability, ...]]:

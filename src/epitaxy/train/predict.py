@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,15 +13,15 @@ from torch import nn
 from epitaxy.core.errors import EpitaxyError, FormatError
 from epitaxy.core.files import inspect, load
 from epitaxy.core.merge import MergeReport, merge
-from epitaxy.data.audio.front_end import build
 from epitaxy.data.audio.spec import AudioSpec
 from epitaxy.data.inputs import Piece, Windows, pieces
 from epitaxy.models.opening import Opened
 from epitaxy.tasks.classification import Classification
-from epitaxy.train.hearing import open_for, stored_spec
+from epitaxy.train.hearing import InputSpec, front_end_for, open_for, saved_spec, stored_spec
 from epitaxy.train.run_directory import ADAPTER, MODEL, RESULT, is_run, read_json, read_recipe
 
 Aggregate = Literal["mean", "max"]
+CONFIG = "config.json"  # of transformers
 WINDOW = 30.0  # seconds, for a model that was trained on sounds of any length
 
 
@@ -59,7 +59,7 @@ class Predictor:
     task: Classification
     classes: tuple[str, ...]
     source: str
-    spec: AudioSpec | None = None
+    spec: InputSpec | None = None
     adapter: str | None = None
 
     @property
@@ -79,13 +79,13 @@ class Predictor:
                 f"the window may be as long as the clips of the training, {self.seconds:g} seconds, got {length:g}"
             )
         length = length or self.seconds or WINDOW
-        mono = self.spec.mono if self.spec is not None else "mean"
+        mono = self.spec.mono if isinstance(self.spec, AudioSpec) else "mean"
         return Windows(length, length / 2 if hop is None else hop, int(self.task.processor.sampling_rate), mono)
 
     def merge(self) -> MergeReport:
         """Fold the adapter into the model, where its method can; raises ``UnsupportedError`` where not."""
         if self.adapter is None:
-            raise EpitaxyError(f"{self.source}: a fully fine-tuned model, there is nothing to merge")
+            raise EpitaxyError(f"{self.source}: a whole model without an adapter, there is nothing to merge")
         return merge(self.model, self.adapter)
 
     def predict(
@@ -102,7 +102,8 @@ class Predictor:
         self.model.eval()
 
         def run() -> None:
-            scored.extend(self._scores(waiting, faults))
+            for piece, scores in self._scores(waiting, faults):  # a long sound's windows would add up to all of it
+                scored.append((replace(piece, value=None), scores))
             waiting.clear()
 
         def finished(until: str | None) -> Iterator[Prediction | Unreadable]:
@@ -146,7 +147,9 @@ class Predictor:
 
 
 def open_predictor(target: Path, base: str | None = None) -> Predictor:
-    """Open what was trained: an adapter, or a run directory; ``base`` instead of the base the adapter names.
+    """Open what was trained: an adapter, a run directory, or the directory of a classifier such as a merged model.
+
+    ``base`` is taken instead of the base the adapter names.
 
     Raises ``FormatError`` when it is no classifier, or does not say its base or its classes.
     """
@@ -156,9 +159,23 @@ def open_predictor(target: Path, base: str | None = None) -> Predictor:
             raise EpitaxyError(f"{target}: this run is not finished; finish it with epitaxy train")
         if recipe.full:
             data = read_json(target / RESULT)["data"]
-            return _opened(str(target / MODEL), data["classes"], stored_spec(data, str(target)))
+            return _opened(str(target / MODEL), data["classes"], stored_spec(data, str(target)), whole=True)
         return _adapted(target / ADAPTER, base or recipe.base.source, recipe.base.dtype)
+    if (target / CONFIG).is_file() and any(target.glob("model*.safetensors")):
+        if base is not None:
+            raise EpitaxyError(f"{target}: a whole model, which stands on no base; leave --base out")
+        return _whole(target)
     return _adapted(target, base)
+
+
+def _whole(folder: Path) -> Predictor:
+    """A plain model with a head of its own."""
+    config = read_json(folder / CONFIG)
+    labels = config.get("id2label") if isinstance(config, dict) else None
+    if not isinstance(labels, dict) or not all(str(number).isdigit() for number in labels):
+        raise FormatError(f"{folder / CONFIG}: names no classes (id2label), so this model is no classifier")
+    classes = [str(label) for _, label in sorted((int(number), label) for number, label in labels.items())]
+    return _opened(str(folder), classes, saved_spec(str(folder)), whole=True)
 
 
 def _adapted(path: Path, base: str | None, dtype: str = "float32") -> Predictor:
@@ -175,11 +192,15 @@ def _adapted(path: Path, base: str | None, dtype: str = "float32") -> Predictor:
     return found
 
 
-def _opened(source: str, classes: Sequence[str], spec: AudioSpec | None, dtype: str = "float32") -> Predictor:
+def _opened(
+    source: str, classes: Sequence[str], spec: InputSpec | None, dtype: str = "float32", whole: bool = False
+) -> Predictor:
     opened: Opened = open_for(source, classes, dtype, spec)
+    if whole and opened.head == "fresh":
+        raise FormatError(f"{source}: this model has no head for its classes, so it is no classifier")
     if opened.modality == "audio":
         spec = spec or AudioSpec()
-    front_end: Any = None if spec is None else build(spec, opened.processor)
+    front_end: Any = None if spec is None else front_end_for(opened, spec)
     opened.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return Predictor(opened.model, Classification(opened, classes, front_end=front_end), tuple(classes), source, spec)
 

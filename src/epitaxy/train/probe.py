@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epitaxy.tasks.objective import Turn, backward
+from epitaxy.tasks.two_pass import TwoPass
 from epitaxy.train.accelerating import check_precision
 from epitaxy.train.config import TrainConfig
+from epitaxy.train.modes import training_modes
 from epitaxy.train.prepare import Prepared
 
 STEPS = 4  # the first one, which also pays for allocation, is not counted
@@ -21,7 +24,7 @@ EVALUATED = 32  # examples
 
 @dataclass(frozen=True)
 class Measured:
-    """Median seconds of one optimiser step, seconds of evaluating one example, and bytes kept for backward.
+    """Mean seconds of one optimiser step, seconds of evaluating one example, and bytes kept for backward.
 
     ``activations`` counts one forward pass of ``batch`` examples, weights not included.
     """
@@ -32,12 +35,32 @@ class Measured:
     steps: int = STEPS - 1
 
 
-def probe(ready: Prepared, config: TrainConfig) -> Measured:
+def probe(ready: Prepared, config: TrainConfig, objective: TwoPass | None = None) -> Measured:
     """Measure on the device that training would use; learning rate zero, so the weights stay what they are."""
-    model, data = ready.opened.model, ready.splits.train
+    model = ready.opened.model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_precision(config.precision, device.type)
-    model.to(device).train()
+    model.to(device)
+    adapters = [] if ready.adapter is None else [ready.adapter]
+    with training_modes(model, adapters, config.base_mode):
+        step, activations = _steps(ready, config, device, None)
+        if objective is not None:
+            paired, _ = _steps(ready, config, device, objective)
+            step += (paired - step) / objective.every
+    model.eval()
+    seen = ready.splits.validation if len(ready.splits.validation) else ready.splits.test
+    examples = [seen[place] for place in range(min(EVALUATED, len(seen)))]
+    began = time.perf_counter()
+    with torch.no_grad():
+        batch = {key: value.to(device) for key, value in ready.task.batch(examples).items()}
+        ready.task.logits(model, batch)
+    evaluation = (time.perf_counter() - began) / len(examples)
+    return Measured(step * config.accumulate, evaluation, activations)
+
+
+def _steps(ready: Prepared, config: TrainConfig, device: torch.device, objective: TwoPass | None) -> tuple[float, int]:
+    """Median seconds of steps on one batch each, and the bytes that the first one keeps for backward."""
+    model, data = ready.opened.model, ready.splits.train
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
     times, activations = [], 0
     for number in range(STEPS):
@@ -46,8 +69,10 @@ def probe(ready: Prepared, config: TrainConfig) -> Measured:
         batch = {key: value.to(device) for key, value in ready.task.batch(examples).items()}
         kept = SavedBytes(model) if number == 0 else nullcontext()
         with kept, _autocast(config.precision, device):
-            loss = ready.task.loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+            if objective is None:
+                ready.task.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            else:
+                backward(objective.parts(model, batch, ready.task, Turn()))
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
@@ -55,14 +80,7 @@ def probe(ready: Prepared, config: TrainConfig) -> Measured:
         times.append(time.perf_counter() - began)
         if isinstance(kept, SavedBytes):
             activations = kept.total
-    model.eval()
-    examples = [ready.splits.validation[place] for place in range(min(EVALUATED, len(ready.splits.validation)))]
-    began = time.perf_counter()
-    with torch.no_grad():
-        batch = {key: value.to(device) for key, value in ready.task.batch(examples).items()}
-        ready.task.logits(model, batch)
-    evaluation = (time.perf_counter() - began) / len(examples)
-    return Measured(statistics.median(times[1:]) * config.accumulate, evaluation, activations)
+    return statistics.median(times[1:]), activations
 
 
 def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

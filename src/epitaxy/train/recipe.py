@@ -9,6 +9,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +19,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from epitaxy.core.errors import EpitaxyError, nearest
 from epitaxy.core.registry import from_config, methods_in, to_config
 from epitaxy.data.audio.spec import AudioSpec, Augment
+from epitaxy.data.image.spec import ImageSpec
 from epitaxy.data.splits import DataSpec
+from epitaxy.tasks.two_pass import TwoPass
 from epitaxy.train.config import TrainConfig
 
 FULL = "full"  # the method of full fine-tuning: no adapter, every parameter of the base trains
+OBJECTIVES = {"two_pass": TwoPass}
 
 
 class RecipeError(EpitaxyError):
@@ -30,6 +34,15 @@ class RecipeError(EpitaxyError):
 
 def _source(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
+
+
+def _kind(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def _without_kind(value: Any) -> Any:
+    """The settings of an objective, which is of the one kind there is once ``normalise`` has looked at it."""
+    return {key: held for key, held in value.items() if key != "kind"} if isinstance(value, Mapping) else value
 
 
 class Section(BaseModel):
@@ -49,7 +62,8 @@ class Recipe(Section):
     """A whole run.
 
     ``out`` is the run directory; ``name`` that of the adapter; ``method`` a list of mappings with the key ``method``;
-    ``samples`` counts the pictures, sounds or texts shown in the report.
+    ``objective`` replaces the plain loss, with its ``kind`` and settings; ``samples`` counts the pictures, sounds or
+    texts shown in the report.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_\-]*$")] = "adapter"
@@ -58,6 +72,7 @@ class Recipe(Section):
     method: tuple[dict[str, Any], ...]
     data: Annotated[DataSpec, BeforeValidator(_source)]
     train: TrainConfig = TrainConfig()
+    objective: Annotated[TwoPass | None, BeforeValidator(_without_kind)] = None
     samples: Annotated[int, Field(ge=0, le=200)] = 24
 
     @property
@@ -78,6 +93,7 @@ class Recipe(Section):
             "method": [_plain(entry) for entry in self.method],
             "data": _plain(asdict(self.data)),
             "train": _plain(asdict(self.train)),
+            "objective": None if self.objective is None else {"kind": "two_pass", **asdict(self.objective)},
             "samples": self.samples,
         }
 
@@ -91,15 +107,15 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "base": tuple(Base.model_fields),
     "data": tuple(field.name for field in fields(DataSpec)),
     "data.audio": tuple(field.name for field in fields(AudioSpec)),
+    "data.image": tuple(field.name for field in fields(ImageSpec)),
     "data.audio.augment": tuple(field.name for field in fields(Augment)),
     "train": tuple(field.name for field in fields(TrainConfig)),
+    "objective": ("kind", *(field.name for field in fields(TwoPass))),
 }
 
 
-_HINTS = {
-    section: typing.get_type_hints(kind)
-    for section, kind in {"": Recipe, "base": Base, "data": DataSpec, "train": TrainConfig}.items()
-}
+_SECTIONS = {"": Recipe, "base": Base, "data": DataSpec, "train": TrainConfig, "objective": TwoPass}
+_HINTS = {section: typing.get_type_hints(kind) for section, kind in _SECTIONS.items()}
 _SAID = {  # where pydantic speaks of its own types
     "dataclass_type": "expected keys and their values",
     "model_type": "expected keys and their values",
@@ -127,6 +143,8 @@ def normalise(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     for key in ("base", "data"):
         if key in result:
             result[key] = _source(result[key])
+    if "objective" in result:
+        result["objective"] = _kind(result["objective"])
     if "method" in result:
         result["method"] = _method_entries(result["method"], origin)
     _refuse_unknown(result, "", origin)
@@ -168,6 +186,7 @@ def validate(values: Mapping[str, Any], file: str, origins: Mapping[tuple[str, .
     for key in ("method", "data"):
         if key not in values:
             raise RecipeError(f"{file}: the key {key!r} is missing")
+    _check_objective(values.get("objective"), origins.get(("objective", "kind"), origins.get(("objective",), file)))
     resolved = {**values, "method": _resolved(values["method"], origins.get(("method",), file))}
     found = _odd_value(resolved)
     if found is None:
@@ -181,6 +200,17 @@ def validate(values: Mapping[str, Any], file: str, origins: Mapping[tuple[str, .
     raise RecipeError(f"{origin}: {complaint}")
 
 
+def _check_objective(value: Any, origin: str) -> None:
+    """Raise for an objective of no known kind."""
+    if not isinstance(value, Mapping):
+        return
+    kind = value.get("kind")
+    if kind is None:
+        raise RecipeError(f"{origin}: the key 'objective.kind' is missing{nearest('', OBJECTIVES)}")
+    if kind not in OBJECTIVES:
+        raise RecipeError(f"{origin}: objective.kind: no objective is called {kind!r}{nearest(str(kind), OBJECTIVES)}")
+
+
 def _odd_value(values: Mapping[str, Any]) -> tuple[tuple[str, ...], str] | None:
     """The first value that pydantic would let pass: true and false as numbers, a source that is empty."""
     for section, hints in _HINTS.items():
@@ -189,7 +219,7 @@ def _odd_value(values: Mapping[str, Any]) -> tuple[tuple[str, ...], str] | None:
             continue
         for key, value in held.items():
             path = (section, key) if section else (key,)
-            if isinstance(value, bool) and hints[key] is not bool:
+            if isinstance(value, bool) and hints.get(key) is not bool:
                 return path, f"{'.'.join(path)}: expected a number or a name, found {str(value).lower()}"
             if key == "source" and isinstance(value, str) and not value.strip():
                 return path, f"{'.'.join(path)}: it is empty"
@@ -223,13 +253,19 @@ def _resolved(entries: list[dict[str, Any]], origin: str) -> list[dict[str, Any]
 
 def _check_types(method: Any) -> None:
     """Check the fields of a method against their annotations, which dataclasses themselves do not."""
-    hints = typing.get_type_hints(type(method))
-    for field in fields(method):
+    kind: Any = type(method)
+    for name, adapter in _adapters(kind).items():
         try:
-            adapter = TypeAdapter(hints[field.name], config=ConfigDict(arbitrary_types_allowed=True))
-            adapter.validate_python(getattr(method, field.name), strict=True)
+            adapter.validate_python(getattr(method, name), strict=True)
         except ValidationError as error:
-            raise EpitaxyError(f"{method.method_name}.{field.name}: {_expected(error.errors()[0])}") from None
+            raise EpitaxyError(f"{method.method_name}.{name}: {_expected(error.errors()[0])}") from None
+
+
+@lru_cache(maxsize=64)
+def _adapters(kind: Any) -> dict[str, TypeAdapter[Any]]:
+    """What checks each field of a method."""
+    hints, config = typing.get_type_hints(kind), ConfigDict(arbitrary_types_allowed=True)
+    return {field.name: TypeAdapter(hints[field.name], config=config) for field in fields(kind)}
 
 
 def _within(path: tuple[str, ...], values: Mapping[str, Any]) -> tuple[str, ...]:

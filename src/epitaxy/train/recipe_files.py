@@ -46,6 +46,14 @@ def change(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return validate(merged, recipe.name, origins)
 
 
+def with_keys(recipe: Recipe, keys: Mapping[str, Any], origin: str) -> Recipe:
+    """``recipe`` with dotted keys set; ``origin`` is what messages call them."""
+    merged, origins = recipe.to_dict(), Origins()
+    for key, value in keys.items():
+        _put(merged, key, value, origin, origins)
+    return validate(merged, recipe.name, origins)
+
+
 def compose(file: Path, layers: Sequence[tuple[str, Mapping[str, Any]]], overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in ``file``, under ``layers`` of (what messages call it, keys), under ``key=value`` overrides.
 

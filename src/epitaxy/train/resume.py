@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import StateError
 from epitaxy.core.fingerprint import fingerprint
-from epitaxy.train import random_state
+from epitaxy.tasks import random_state
+from epitaxy.tasks.objective import Objective
 from epitaxy.train.checkpoint import Checkpoint
 from epitaxy.train.config import FREE
 from epitaxy.train.session import Session, Standing
@@ -27,6 +28,7 @@ def identity(
     config = {f"train.{key}": value for key, value in asdict(session.config).items() if key not in FREE}
     return {
         **config,
+        "objective": _named(session.objective),
         "method": "full fine-tuning" if adapter is None else adapter.config,
         "base": fingerprint(model).weights if adapter is not None else fingerprint(model).shapes,
         "parameters": {key: list(p.shape) for key, p in session.trainable.parameters.items()},
@@ -34,6 +36,13 @@ def identity(
         "validation data": _digest(validation_data),
         "processes": session.accelerator.num_processes,
     }
+
+
+def _named(objective: Any) -> dict[str, Any] | None:
+    """An objective with its settings; functions are not told apart."""
+    if not isinstance(objective, Objective):
+        return None
+    return {"kind": type(objective).__name__, **(asdict(objective) if is_dataclass(objective) else {})}
 
 
 def _digest(data: Any) -> list[Any] | None:

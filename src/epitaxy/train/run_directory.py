@@ -21,6 +21,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 RECIPE, ENVIRONMENT, METRICS, RESULT = "recipe.yaml", "environment.json", "metrics.jsonl", "result.json"
+TRIAL = "trial.json"
 PREDICTIONS, ADAPTER, MODEL, SAMPLES = "predictions.json", "adapter", "model", "samples"
 LOCK = ".lock"
 
@@ -85,7 +86,7 @@ def require_claimable(recipe: Recipe) -> None:
 
 def _drafts(out: Path) -> Iterator[Path]:
     """Drafts that were never moved into place: hidden, and named after what they were to become."""
-    for name in (RECIPE, ENVIRONMENT, PREDICTIONS, RESULT, MODEL):
+    for name in (RECIPE, ENVIRONMENT, PREDICTIONS, RESULT, TRIAL, MODEL):
         yield from out.glob(f".{name}.*")
     for folder in (ADAPTER, SAMPLES):
         yield from (out / folder).glob(".*")

@@ -14,6 +14,8 @@ from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import FormatError, StateError, UnsupportedError
 from epitaxy.core.host import hosted, unwrap
 from epitaxy.core.registry import methods_in
+from epitaxy.tasks.objective import Objective
+from epitaxy.train.config import Decay
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,17 @@ class Trainable:
         for key, place in places.items():
             place.copy_(values[key])
 
-    def groups(self, weight_decay: float, everything: bool = False) -> list[dict[str, Any]]:
-        """Parameter groups: unless ``everything`` decays, biases, norms and other vectors do not."""
-        decaying = {key: everything or (p.dim() > 1 and not key.endswith("bias")) for key, p in self.parameters.items()}
+    def groups(self, weight_decay: float, decay: Decay = "matrices") -> list[dict[str, Any]]:
+        """Parameter groups: which parameters decay says ``TrainConfig.decay``."""
+
+        def decays(key: str, parameter: nn.Parameter) -> bool:
+            bias = key.endswith("bias")
+            return {"matrices": parameter.dim() > 1 and not bias, "weights": not bias, "everything": True}[decay]
+
+        decaying = {key: decays(key, parameter) for key, parameter in self.parameters.items()}
         return [
-            {"params": [p for key, p in self.parameters.items() if decaying[key] is flag], "weight_decay": decay}
-            for flag, decay in ((True, weight_decay), (False, 0.0))
+            {"params": [p for key, p in self.parameters.items() if decaying[key] is flag], "weight_decay": strength}
+            for flag, strength in ((True, weight_decay), (False, 0.0))
             if flag in decaying.values()
         ]
 
@@ -118,9 +125,14 @@ def objective_of(adapter: Adapter | None) -> Any:
     return found[0].objective if found else None
 
 
-def freeze_statistics(model: nn.Module) -> None:
-    """Batch norms of the frozen base keep the statistics they came with."""
-    for module in model.modules():
-        learns = any(parameter.requires_grad for parameter in module.parameters())
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not learns:
-            module.eval()
+def objective_for(adapter: Adapter | None, given: Any) -> Any:
+    """The objective of a run: the one given, or what a method brings along.
+
+    Raises ``UnsupportedError`` where a method's own would be lost to one that knows nothing of it.
+    """
+    own = objective_of(adapter)
+    if own is not None and isinstance(given, Objective):
+        raise UnsupportedError(
+            f"a method of this adapter brings an objective of its own, which '{given}' would replace; leave one out"
+        )
+    return own if given is None else given

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from epitaxy.core.errors import EpitaxyError
-from epitaxy.data.audio.augment import chance, mask
+from epitaxy.data.audio.augment import mask
 from epitaxy.data.audio.clips import fit, starts
 from epitaxy.data.audio.filterbank import SILENCE
 from epitaxy.data.audio.spec import AudioSpec, Augment
 from epitaxy.data.audio.statistics import measure
+from epitaxy.data.chance import chance
 
 
 def test_stretches_of_long_clips() -> None:

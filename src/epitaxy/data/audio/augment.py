@@ -7,13 +7,6 @@ from torch import Tensor
 
 from epitaxy.data.audio.spec import Augment
 
-Draw = tuple[int, ...]  # (seed, epoch, row): what decides the chances of one training example, wherever it is made
-
-
-def chance(draw: Draw) -> np.random.Generator:
-    """The source of chance of one training example: the same in a resumed run and in every data worker."""
-    return np.random.default_rng(list(draw))
-
 
 def mask(features: Tensor, augment: Augment, source: np.random.Generator) -> Tensor:
     """A copy of normalised ``features`` (``frames mels``) with a stretch of bins and one of frames set to 0.

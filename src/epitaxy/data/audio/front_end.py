@@ -12,13 +12,14 @@ from torch import Tensor
 
 from epitaxy.core.errors import EpitaxyError, FormatError
 from epitaxy.data.audio import statistics
-from epitaxy.data.audio.augment import Draw, chance, mask
+from epitaxy.data.audio.augment import mask
 from epitaxy.data.audio.cache import FeatureCache
 from epitaxy.data.audio.clips import fit, starts
 from epitaxy.data.audio.filterbank import Filterbank
 from epitaxy.data.audio.sound import Sound
 from epitaxy.data.audio.spec import PUBLISHED, AudioSpec
 from epitaxy.data.audio.waveform import Samples, Waveform, resampled_length
+from epitaxy.data.chance import Draw, chance
 
 WHOLE = 60.0  # seconds; of longer files only the stretches that are used are read, and nothing is cached
 VERSION = 1  # of the features; another number makes cached ones void

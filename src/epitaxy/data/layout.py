@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def require_own_splits(spec: DataSpec, title: str) -> None:
     for name, plain in (("train", "train"), ("validation", None), ("test", None)):
         if getattr(spec, name) != plain:
             raise EpitaxyError(
-                f"data.{name}: the splits of {title} are those of its authors, chosen by data.fold and data.protocol; "
+                f"data.{name}: the splits of {title} are those of its authors, chosen by data.protocol and data.fold; "
                 f"leave data.{name} out"
             )
 
@@ -99,7 +100,7 @@ def whole(where: str, cells: Mapping[str, str], column: str, low: int, high: int
 
 
 def add(pool: Pool, tree: Tree, path: str, label: str, split: str) -> Row | None:
-    """Add the sound at ``path``; one that is not there goes to ``pool.missing``."""
+    """Add the file at ``path``; one that is not there goes to ``pool.missing``."""
     name = f"{tree.root}/{path}"
     if path not in tree.files:
         pool.missing.append((name, "no such file"))
@@ -107,6 +108,17 @@ def add(pool: Pool, tree: Tree, path: str, label: str, split: str) -> Row | None
     row = Row(tree.files[path], label, split, name)
     pool.rows.append(row)
     return row
+
+
+@contextmanager
+def usable(pool: Pool, spec: DataSpec, where: str) -> Iterator[None]:
+    """What is wrong with one line ends the reading, or with ``on_bad="skip"`` that line is left out and listed."""
+    try:
+        yield
+    except FormatError as error:
+        if spec.on_bad != "skip":
+            raise
+        pool.missing.append((where, str(error).removeprefix(f"{where}: ")))
 
 
 def verify(pool: Pool, tree: Tree, spec: DataSpec, counts: Mapping[str, tuple[Any, Any]]) -> None:

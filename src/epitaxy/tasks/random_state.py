@@ -30,6 +30,8 @@ def capture(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type != "cpu":
+        tensors[device.type] = torch.get_device_module(device).get_rng_state()
     facts = {
         "numpy": {"pos": int(numpy["state"]["pos"]), "has_gauss": int(numpy["has_gauss"]), "gauss": numpy["gauss"]},
         "python": {"version": python[0], "gauss": python[2]},
@@ -42,6 +44,8 @@ def restore(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: tor
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["cuda"], device)
+    elif device.type in tensors:
+        torch.get_device_module(device).set_rng_state(tensors[device.type])
     numpy = facts["numpy"]
     key = tensors["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", key, numpy["pos"], numpy["has_gauss"], numpy["gauss"]))

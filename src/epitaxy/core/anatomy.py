@@ -281,8 +281,8 @@ def _add_by_type(roles: dict[str, list[Spot]], modules: dict[str, nn.Module]) ->
     for path, module in modules.items():
         if any(f"{path}.".startswith(f"{idle}.") for idle in unread):
             continue
-        if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
-            continue  # torch reads the weights of its output projection and never calls it
+        if is_bypassed(modules.get(path.rpartition(".")[0]), path.rpartition(".")[2]):
+            continue
         layer = layers.get(path, _layer_of(path, roles))
         spot = Spot(path, layer)
         if is_norm(module):
@@ -349,6 +349,16 @@ def is_fused(attention: nn.Module) -> bool:
     return hasattr(type(attention), "torch_multi_head_self_attention")
 
 
+def is_bypassed(attention: nn.Module | None, name: str) -> bool:
+    """Whether an attention layer reads the weight of its child ``name`` and never calls it, so that hooks never run.
+
+    Torch's does so with its output projection; those of timm that add biases of their own to queries and values (BEiT,
+    EVA, Swin v2) with their one matrix.
+    """
+    own_biases = name == "qkv" and isinstance(getattr(attention, "q_bias", None), nn.Parameter)
+    return own_biases or isinstance(attention, nn.MultiheadAttention)
+
+
 def _looks_back(modules: dict[str, nn.Module], block: str, layout: Layout) -> bool:
     """Whether a block's attention is causal in a layout that encoders share (OPT has BART's)."""
     core = layout.parts.get("attention.core", layout.parts.get("attention"))
@@ -413,8 +423,11 @@ def _grid_obstacle(modules: dict[str, nn.Module], blocks: list[tuple[str, Layout
 
 
 def _pair_obstacle(modules: dict[str, nn.Module]) -> str | None:
-    if any("RelativePositionBias" in type(module).__name__ for module in modules.values()):  # BEiT
+    """BEiT's and EVA's positions; asked after the windows, whose positions are of one window."""
+    if any(isinstance(getattr(module, "relative_position_bias_table", None), Tensor) for module in modules.values()):
         return "its attention has a learned bias for every pair of positions of its own grid"
+    if any(isinstance(getattr(modules.get(path), "rope", None), nn.Module) for path in ("", "timm_model")):
+        return "its attention turns every patch by its place on its own grid"
     return None
 
 
@@ -446,6 +459,7 @@ __all__ = [
     "Spot",
     "base_modules",
     "describe",
+    "is_bypassed",
     "is_fused",
     "is_linear",
     "is_norm",

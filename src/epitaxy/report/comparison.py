@@ -17,7 +17,7 @@ from epitaxy.report.page import PAGE, render
 from epitaxy.report.read import Run, read_run
 from epitaxy.report.samples import samples_of
 
-# Keys in which the runs of one method may differ: seeds, and the folds of a cross-validation.
+# Keys in which the runs of one method may differ: seeds (a method's own too), and the folds of a cross-validation.
 FREE = {"name", "out", "samples", "train.seed", "data.seed", "data.shots_seed", "data.fold"}
 
 
@@ -63,11 +63,17 @@ def group_runs(paths: Iterable[Path]) -> list[Group]:
         groups.setdefault(repr(sorted(_recipe_key(run.recipe))), []).append(run)
     if not groups:
         raise EpitaxyError("there are no runs to compare")
-    methods = [str((runs[0].result or {})["method"]) for runs in groups.values()]
+    methods = [_title(runs[0].result or {}) for runs in groups.values()]
     return [
         Group(method if methods.count(method) == 1 else f"{method}, {runs[0].name}", runs)
         for method, runs in zip(methods, groups.values(), strict=True)
     ]
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    """The method, and the objective where it is not the plain loss."""
+    objective = result.get("objective")
+    return str(result["method"]) + ("" if objective is None else f", {objective}")
 
 
 def _recipe_key(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -75,6 +81,8 @@ def _recipe_key(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[s
         dotted = f"{prefix}{key}"
         if isinstance(value, Mapping):
             yield from _recipe_key(value, f"{dotted}.")
+        elif dotted == "method":
+            yield dotted, repr([{name: field for name, field in entry.items() if name != "seed"} for entry in value])
         elif dotted not in FREE:
             yield dotted, repr(value)
 

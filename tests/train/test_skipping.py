@@ -228,6 +228,9 @@ class FakeAccelerator:
         class Scaled:
             param_groups, zero_grad = optimizer.param_groups, optimizer.zero_grad
 
+            def __init__(self) -> None:
+                self.optimizer = optimizer
+
             def step(self) -> None:
                 scaler.step(optimizer)
                 scaler.update()

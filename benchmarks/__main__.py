@@ -13,7 +13,16 @@ from typing import Any
 
 from benchmarks.output import RESULTS, arguments
 
-COMPARISONS = ("lora_vs_peft", "many_adapters", "inactive", "moa", "audio_front_end", "adapter_training")
+COMPARISONS = (
+    "lora_vs_peft",
+    "many_adapters",
+    "inactive",
+    "moa",
+    "audio_front_end",
+    "adapter_training",
+    "mosa_training",
+    "fold",
+)
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 

@@ -10,10 +10,20 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import __main__ as everything
-from benchmarks import adapter_training, audio_front_end, inactive, lora_vs_peft, many_adapters, moa
+from benchmarks import (
+    adapter_training,
+    audio_front_end,
+    fold,
+    inactive,
+    lora_vs_peft,
+    many_adapters,
+    moa,
+    mosa_training,
+)
 from benchmarks.bases import SHAPES
 
 import epitaxy
+from epitaxy.methods.draws import at_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
@@ -128,6 +138,16 @@ def test_audio_front_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert cache["rows"][0]["cached / computed"]["median"] < 0.8
 
 
+def test_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (table,) = results(fold, tmp_path, monkeypatch)["tables"]
+    assert [row["adapter"] for row in table["rows"]] == list(fold.METHODS)
+    assert all(float(row["largest difference"]) < 1e-5 for row in table["rows"])
+    models = fold.sides(SHAPES["vit"](quick=True).model(), fold.METHODS["parallel, GELU"])
+    sizes = {name: sum(value.numel() for value in model.parameters()) for name, model in models.items()}
+    assert sizes["bare"] == sizes["control"]
+    assert sizes["folded"] <= sizes["adapted"]
+
+
 def test_adapter_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (training,) = results(adapter_training, tmp_path, monkeypatch)["tables"]
     assert [row["method"] for row in training["rows"]] == [
@@ -146,3 +166,33 @@ def test_the_bound_takes_the_gradient_to_the_first_block_and_of_no_weight() -> N
     adapter_training.bound(model, inputs)()
     assert seen[0].abs().sum() > 0
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_mosa_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    branch, step, held = results(mosa_training, tmp_path, monkeypatch)["tables"]
+    names = list(mosa_training.METHODS)
+    assert [row["branch"] for row in branch["rows"]] == names
+    work = {row["branch"]: row["FLOP / bottleneck"] for row in branch["rows"]}
+    assert work[mosa_training.COPIES] == work["MoSA, element"] == 1.0
+    assert work["MoSA, out_slice"] <= 0.56
+    assert work["MoSA, rank_slice"] <= 0.26
+    assert [row["adapter"] for row in step["rows"]] == names * len(mosa_training.OBJECTIVES)
+    state = {row["adapter"]: row["state / bottleneck"] for row in held["rows"]}
+    assert state[mosa_training.COPIES] > 2
+    assert all(state[name] <= 1.05 for name in names if name.startswith("MoSA"))
+
+
+def test_copies_compute_what_the_single_tensor_computes() -> None:
+    shape = SHAPES["vit"](quick=True, batch=2)
+    base, batch = shape.model(), shape.inputs()
+    scores = []
+    for name in (mosa_training.COPIES, "MoSA, element"):
+        model = mosa_training.adapted(base, name, dropout=0.0)
+        step = mosa_training.training(model, batch, mosa_training.TwoPass(), mosa_training.optimiser(model))
+        for _ in range(3):
+            step()
+        with at_step(model, 9), torch.no_grad():
+            scores.append(model(batch["pixel_values"]).logits)
+    torch.testing.assert_close(*scores)
+    with torch.no_grad():
+        assert not torch.allclose(scores[0], base.eval()(batch["pixel_values"]).logits, atol=1e-4)

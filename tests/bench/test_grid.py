@@ -90,6 +90,19 @@ def test_folds_seed_keys_and_skipped_cells(grid: Path) -> None:
     assert runs[1].recipe.out.name == "fold4-seed3"
 
 
+def test_a_seed_may_set_the_seed_of_a_method(grid: Path) -> None:
+    grid.write_text(
+        GRID.replace("{method: lora, rank: 2}", "{method: mosa_lora, rank: 4}")
+        .replace("method.lora.rank: 4", "train.batch: 4")
+        .replace("seeds: [0, 1]", "seeds: [3, 5]\nseed_keys: [train.seed, method.mosa_lora.seed]")
+    )
+    cells = {cell.title: cell for cell in cells_of(*load_grid(str(grid)))}
+    for cell in ("LoRA / two", "LoRA / four"):
+        found = [(run.recipe.train.seed, run.recipe.method[0]["seed"]) for run in cells[cell].runs]
+        assert found == [(3, 3), (5, 5)]
+    assert [run.recipe.train.seed for run in cells["Probe / two"].runs] == [3, 5]
+
+
 def test_only_and_scoped_overrides(grid: Path) -> None:
     file, loaded = load_grid(str(grid))
     assert [cell.title for cell in cells_of(file, loaded, ["l*/two"])] == ["LoRA / two"]
@@ -116,6 +129,7 @@ def test_only_and_scoped_overrides(grid: Path) -> None:
         ("  LoRA:\n", "  probe: {}\n  LoRA:\n", r"rows: 'Probe' cannot name a directory of its own"),
         ("average: true", "metric: UA", r"metric: no metric is called 'UA'; did you mean 'unweighted_accuracy'"),
         ("curve: Digits, at: 4", "also: [WA]", r"columns.four: no metric is called 'WA'; did you mean 'accuracy'"),
+        ("average: true", "seed_keys: [method.lra.seed]", r"seed_keys: method.lra.seed: no method is called 'lra'"),
         ("average: true", "compare_with: Prob", r"compare_with: no row is called 'Prob'; did you mean 'Probe'"),
         ("rows:\n", "lines:\n", r"not a grid: expected the keys recipe, rows and columns"),
     ],

@@ -18,6 +18,7 @@ from epitaxy.bench.measure import (
     kept_for_backward,
     machine,
     memory,
+    most_kept,
     peak_of,
     quartiles,
     ratios,
@@ -78,6 +79,19 @@ def test_bytes_kept_for_the_backward_pass_are_exact() -> None:
     rows = torch.ones(5, 8, requires_grad=True)
     assert kept_for_backward(lambda: layer(rows), layer) == 0  # only the frozen weight is kept
     assert kept_for_backward(lambda: layer.requires_grad_(True)(rows), layer) == 5 * 8 * 4
+
+
+def test_what_a_backward_pass_lets_go_of_counts_no_more() -> None:
+    x = torch.zeros(1000, requires_grad=True)
+    nothing = nn.Identity()
+
+    def after_one_another() -> None:
+        x.exp().sum().backward()
+        x.exp().exp().sum().backward()
+
+    assert most_kept(after_one_another, nothing) == 8000
+    assert most_kept(lambda: (x.exp().sum() + x.exp().exp().sum()).backward(), nothing) == 12000
+    assert most_kept(lambda: x + 1, nothing) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -116,6 +116,11 @@ WRITTEN = (
         "MoSA, both projections, biases of parts, drawn by row",
         lambda family: MoSA(bottleneck=6, dropout=0.0, split="both", bias="parts", draw="row"),
     ),
+    Variant(
+        "mosa_stored",
+        "MoSA, owners from data, coefficients, own norm",
+        lambda family: MoSA(bottleneck=6, parts=3, dropout=0.0, balance="saliency", coefficients=True, norm="layer"),
+    ),
     Variant("mosa_lora", "MoSA on LoRA", lambda family: MoSALoRA(rank=4)),
     Variant(
         "mosa_lora_both",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_esc50_refuses_a_wrong_fold_and_a_recording_in_two(tmp_path: Path) -> No
     notes = load(root, "esc50", fold=1).notes
     assert any("source recording 1000 is in fold 1 (1-1000-A-0.wav) and in fold 2 (2-2000-A-0.wav)" in n for n in notes)
     table.write_text(whole.replace(",sound2,", ",other,", 1))
-    with pytest.raises(FormatError, match="target 0 is 'other' elsewhere and 'sound2' here"):
+    with pytest.raises(FormatError, match=r"csv:2: target 0 is 'sound2' elsewhere and 'other' here"):
         load(root, "esc50", fold=1)
 
 
@@ -243,3 +244,59 @@ def test_another_layout_is_refused(tmp_path: Path) -> None:
         FormatError, match=r"not the layout of ESC-50: meta/esc50.csv is missing; found audio, metadata"
     ):
         load(tmp_path / "set", "esc50", fold=1)
+
+
+ALTERED: dict[str, tuple[str, str, str, str, str]] = {  # kind: file, what is there, what comes instead, where, why
+    "esc50": ("meta/esc50.csv", "1-1000-A-0.wav,1,", "1-1000-A-0.wav,2,", "esc50.csv:2", "does not fit fold 2"),
+    "esc50 fold": ("meta/esc50.csv", "1-1000-A-0.wav,1,", "1-1000-A-0.wav,9,", "esc50.csv:2", "found '9'"),
+    "esc50 label": ("meta/esc50.csv", "0,sound2", "0,sonud2", "esc50.csv:2", "'sound2' elsewhere and 'sonud2' here"),
+    "urbansound8k": (
+        "metadata/UrbanSound8K.csv",
+        "1,1,0,air",
+        "1,3,0,air",
+        "8K.csv:2",
+        "belongs to fold 3, but lies in",
+    ),
+    "urbansound8k label": (
+        "metadata/UrbanSound8K.csv",
+        "0,air_co",
+        "0,hair_co",
+        "8K.csv:2",
+        "found 'hair_conditioner'",
+    ),
+    "speech_commands": ("testing_list.txt", "yes/ee_nohash_0", "yes!/ee_nohash_0", "list.txt:1", "one of the 35 words"),
+    "fluent_speech_commands": ("data/test_data.csv", ",none", ",", "test_data.csv:2", "expected an action, an object"),
+    "iemocap": ("Session2/dialog/EmoEvaluation/Ses02F_impro01.txt", "\tsad\t", "\tsadd\t", "01.txt:9", "called 'sadd'"),
+}
+
+
+@pytest.mark.parametrize("case", ALTERED)
+def test_a_wrong_line_stops_the_reading_or_is_left_out(tmp_path: Path, case: str) -> None:
+    kind = case.split()[0]
+    make, fold = SETS[kind]
+    root = make(tmp_path / "set")
+    whole = load(root, kind, fold=fold)
+    file, old, new, where, why = ALTERED[case]
+    text = (root / file).read_text()
+    assert old in text
+    (root / file).write_text(text.replace(old, new, 1))
+    with pytest.raises(FormatError, match=re.escape(why)) as caught:
+        load(root, kind, fold=fold)
+    assert f"{where}: " in str(caught.value)
+    splits = load(root, kind, fold=fold, on_bad="skip")
+    assert splits.classes == whole.classes
+    assert splits.skipped[0][0].endswith(where)
+    assert why in splits.skipped[0][1]
+    assert f"{where}: " not in splits.skipped[0][1]
+    rows = [len(s.train) + len(s.validation) + len(s.test) for s in (whole, splits)]
+    assert rows[1] == rows[0] - (0 if kind == "speech_commands" else 1)  # there the clip itself trains then
+    assert any("1 examples were left out" in note for note in splits.notes)
+
+
+def test_a_folder_of_no_word_is_left_out(tmp_path: Path) -> None:
+    root = trees.speech_commands(tmp_path / "gsc")
+    trees.sound(root / "yess/aa_nohash_0.wav")
+    splits = load(root, "speech_commands", on_bad="skip")
+    assert [Path(name).name for name, _ in splits.skipped] == ["yess"]
+    assert splits.skipped[0][1].startswith("not one of the 35 words")
+    assert splits.classes == ("no", "yes")

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from epitaxy.core.errors import EpitaxyError, StateError
@@ -232,6 +234,24 @@ def test_a_step_left_out_by_a_scaler_leaves_no_draw_behind(zero_first: bool, uns
             assert torch.allclose(a, b, rtol=0, atol=1e-14)
     assert scaler.get_scale() == 2.0**8
     assert optimizer.state[ours.up.weight]["step"].tolist() == [0, 2, 2]
+
+
+def test_accelerates_wrapper_leaves_no_draw_behind_either() -> None:
+    accelerator = Accelerator(cpu=True)
+    ours, _ = pair("up")
+    optimizer = lazy(ours, lr=0.05)
+    wrapped = AcceleratedOptimizer(optimizer, scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+    before = [p.detach().clone() for p in ours.parameters()]
+    for part, factor in ((0, float("inf")), (1, 1.0)):
+        ((x, y),) = next(batches(1))
+        ours.draw(part)
+        wrapped.scaler.scale(F.cross_entropy(ours(x), y) * factor).backward()
+        wrapped.step()
+        wrapped.zero_grad()
+        if part == 0:
+            assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), before, strict=True))
+    assert optimizer.state[ours.up.weight]["step"].tolist() == [0, 1, 0]
+    accelerator.end_training()
 
 
 def test_forgetting_draws_of_a_step_left_out_by_the_loop() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTModel
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTModel
 
 import epitaxy
 from epitaxy import Bottleneck, Head, LoRA
@@ -306,3 +306,27 @@ def test_a_resumed_run_has_the_same_bits(kind: str, objective: TwoPass | None, t
                     train(*begun, progress=False)
     assert result.resumed_at == 6
     assert digests[0] == digests[1]
+
+
+def test_a_trainer_of_transformers_takes_the_optimiser(tmp_path: Path) -> None:
+    opened = small_model(dropout=0.0)
+    epitaxy.attach(opened.model, KINDS["both"] + Head())
+    start = {name: p.detach().clone() for name, p in opened.model.named_parameters()}
+    generator = torch.Generator().manual_seed(2)
+    data = [{"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": n % 3} for n in range(12)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=3, report_to=[], save_strategy="no",
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    split = partial(split_parameters, opened.model)
+    trainer = Trainer(
+        opened.model, arguments, train_dataset=data, optimizer_cls_and_kwargs=(LazyAdamW, {"split": split, "lr": 0.01})
+    )
+    trainer.train()
+    for name, parameter, owners, used in split():
+        counts = trainer.optimizer.optimizer.state[parameter]["step"]
+        assert int(counts.sum()) == 2, name
+        rests = (counts == 0)[owners.long()]
+        assert bool(rests.any())
+        assert torch.equal(parameter[rests], start[name][rests])
+        assert not used.any()

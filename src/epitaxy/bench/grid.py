@@ -30,7 +30,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError
 
 from epitaxy.bench.choosing import Choice, Option, Trial, described, options_of, trial_keys
-from epitaxy.core.errors import nearest
+from epitaxy.core.errors import EpitaxyError, nearest
+from epitaxy.core.registry import lookup
 from epitaxy.tasks.metrics import OTHER_NAMES
 from epitaxy.train.recipe import Recipe, RecipeError, Section
 from epitaxy.train.recipe_files import compose, find_recipe, own_keys, with_keys
@@ -72,11 +73,11 @@ class Column(Section):
 class Grid(Section):
     """A grid file; ``published`` holds percent, of columns or their groups.
 
-    ``cells`` are exceptions by row and column (``skip: true``: no such cell); ``seed_keys`` are the keys
-    that a seed sets; ``average`` adds a column with the mean over all columns;
-    ``compare_with`` names a row, or several, from which the others' differences are shown, seed by seed.  The trials
-    of ``select`` are made with ``select_seeds`` (default: the first of ``seeds``) and have the keys of
-    ``select_set``.
+    ``cells`` are exceptions by row and column (``skip: true``: no such cell); ``seed_keys`` are the keys that a seed
+    sets, those of a method (``method.NAME.FIELD``) in the cells that have it; ``average`` adds a column with the mean
+    over all columns; ``compare_with`` names a row, or several, from which the others' differences are shown, seed by
+    seed.  The trials of ``select`` are made with ``select_seeds`` (default: the first of ``seeds``) and have the keys
+    of ``select_set``.
     """
 
     title: str
@@ -185,11 +186,15 @@ def _cell(file: Path, grid: Grid, row: str, column: str, scoped: Sequence[tuple[
 
     def made(seed: int, fold: int | None) -> Recipe:
         name = (f"fold{fold}-" if fold is not None else "") + f"seed{seed}"
-        own: dict[str, Any] = dict.fromkeys(grid.seed_keys, seed)
+        own: dict[str, Any] = dict.fromkeys(seed_keys, seed)
         own |= {} if fold is None else {"data.fold": fold}
         own |= {"name": f"{slug(row)}-{name}", "out": str(out / slug(row) / slug(column) / name)}
         return compose(base, [*layers, (str(file), own)], overrides)
 
+    seed_keys = grid.seed_keys
+    if any(key.startswith("method.") for key in seed_keys):
+        present = {entry["method"] for entry in compose(base, layers, overrides).method}
+        seed_keys = tuple(key for key in seed_keys if not key.startswith("method.") or key.split(".")[1] in present)
     folds = grid.columns[column].folds or (None,)
     runs = tuple(Planned(made(seed, fold), fold, seed) for fold in folds for seed in grid.seeds)
     options = _options(file, grid, row, overrides)
@@ -269,6 +274,12 @@ def _check(file: Path, grid: Grid) -> None:
                 if column not in known:
                     raise RecipeError(f"{file}: {what}: no column is called {column!r}{nearest(column, known)}")
     _known(file, "metric", grid.metric)
+    for key in grid.seed_keys:
+        if key.startswith("method."):
+            try:
+                lookup(key.split(".")[1])
+            except EpitaxyError as error:
+                raise RecipeError(f"{file}: seed_keys: {key}: {error}") from None
     for name in grid.compare_with:
         if name not in grid.rows:
             raise RecipeError(f"{file}: compare_with: no row is called {name!r}{nearest(name, grid.rows)}")

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,6 +128,43 @@ def kept_for_backward(step: Callable[[], Any], model: nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
     return sum(kept.values())
+
+
+def most_kept(step: Callable[[], Any], model: nn.Module) -> int:
+    """The most bytes that autograd keeps at one time during ``step``, which may hold several backward passes.
+
+    Counted as by ``kept_for_backward``; what a backward pass lets go of no longer counts.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held: dict[int, int] = {}
+    now = most = 0
+
+    def release(place: int, nbytes: int) -> None:
+        nonlocal now
+        held[place] -= 1
+        now -= 0 if held[place] else nbytes
+
+    def pack(tensor: Tensor) -> _Kept:
+        nonlocal now, most
+        kept, storage = _Kept(tensor), tensor.untyped_storage()
+        place, nbytes = storage.data_ptr(), storage.nbytes()
+        if place not in own:
+            held[place] = held.get(place, 0) + 1
+            now += nbytes if held[place] == 1 else 0
+            most = max(most, now)
+            weakref.finalize(kept, release, place, nbytes)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        step()
+    return most
+
+
+class _Kept:
+    """Stands for a tensor that autograd keeps; goes when autograd lets go of it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def peak_of(code: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, float]:

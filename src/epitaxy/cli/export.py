@@ -25,8 +25,8 @@ def command(
     from epitaxy.cli.opening import adapter_in, open_base, source_of
     from epitaxy.core.errors import EpitaxyError
     from epitaxy.core.files import format_named
+    from epitaxy.core.storage import require_free
     from epitaxy.interop import inspect, load, save
-    from epitaxy.train.saving import require_free
 
     if format_named(to).write is None:
         raise EpitaxyError(f"format {to!r} can be read but not written")

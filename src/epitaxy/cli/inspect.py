@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ def command(
     from epitaxy.report.figures import size
 
     contents = inspect(adapter_in(path))
+    folds = _folds(contents.methods)
     if json:
         say_json(
             {
@@ -34,6 +35,7 @@ def command(
                 "provenance": dict(contents.provenance),
                 "parameters": contents.parameters,
                 "bytes": contents.bytes,
+                "folds": folds,
                 "tensors": {key: list(shape) for key, shape in contents.shapes.items()},
             }
         )
@@ -45,6 +47,7 @@ def command(
             *(("method", _method(entry)) for entry in contents.methods),
             *((f"base {key}", str(value)) for key, value in contents.base.items() if value),
             ("stores", f"{contents.parameters:,} values in {len(contents.shapes)} tensors"),
+            *([("folds", folds)] if folds else []),
             ("file", f"{contents.bytes:,} bytes ({size(contents.bytes)})"),
             *((str(key), _short(value)) for key, value in contents.provenance.items()),
         ]
@@ -53,6 +56,25 @@ def command(
         say()
         rows = [[key, " x ".join(map(str, shape)) or "scalar"] for key, shape in contents.shapes.items()]
         table(["tensor", "shape"], rows)
+
+
+def _folds(methods: Sequence[Mapping[str, Any]]) -> str | None:
+    """Whether some model can take the adapter into its weights; None where a method is not known here."""
+    from epitaxy.core.errors import EpitaxyError
+    from epitaxy.core.fold import fold_obstacle
+    from epitaxy.core.registry import from_config, methods_in
+
+    try:
+        method = from_config([dict(entry) for entry in methods])
+    except EpitaxyError:
+        return None
+    obstacle = fold_obstacle(method)
+    if obstacle is not None:
+        return f"no, {obstacle}"
+    units = [part.activation for part in methods_in(method) if hasattr(part, "fold_obstacle")]
+    if not units:
+        return "yes, all of it merges"
+    return f"yes, where the feed-forwards have the activation {' and '.join(dict.fromkeys(units))}"
 
 
 def _method(entry: Mapping[str, Any]) -> str:

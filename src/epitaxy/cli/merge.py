@@ -1,4 +1,4 @@
-"""``epitaxy merge``: fold an adapter into its base and save the result as a plain transformers model.
+"""``epitaxy merge``: put an adapter into its base and save the result as a plain transformers model.
 
 With ``--parts`` the parts of an adapter are merged into one plain adapter, and this is saved.
 """
@@ -6,9 +6,12 @@ With ``--parts`` the parts of an adapter are merged into one plain adapter, and 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def command(
@@ -24,21 +27,33 @@ def command(
     parts: Annotated[
         bool, typer.Option("--parts", help="Merge the parts of a MoSA adapter into a plain adapter, and save that.")
     ] = False,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Make bottlenecks hidden units of the feed-forwards; merge the rest.")
+    ] = False,
+    timm: Annotated[bool, typer.Option("--timm", help="With --fold: write a ViT under timm's names.")] = False,
 ) -> None:
-    """Fold an adapter into its base.
+    """Put an adapter into its base.
 
-    Outputs are compared before and after, and the drift is printed.
+    What is linear is merged, and the drift of the outputs is printed. With --fold, bottlenecks beside a feed-forward
+    widen it; the model keeps its class.
     """
     from epitaxy.cli.console import say
     from epitaxy.cli.opening import adapter_in, open_base
     from epitaxy.core.errors import EpitaxyError
+    from epitaxy.core.fold import fold as fold_adapter
     from epitaxy.core.merge import merge
+    from epitaxy.core.storage import require_free
     from epitaxy.interop import inspect, load, save
+    from epitaxy.interop.timm import save_timm
     from epitaxy.train.hearing import FRONT_END
-    from epitaxy.train.saving import require_free, save_model, weight_bytes
+    from epitaxy.train.saving import save_model, weight_bytes
 
-    if parts and tolerance is not None:
-        raise EpitaxyError("--tolerance: nothing is folded into the base with --parts, which is exact")
+    if parts and (fold or tolerance is not None):
+        raise EpitaxyError("--parts is exact and gives an adapter; leave --tolerance and --fold out")
+    if fold and tolerance is not None:
+        raise EpitaxyError("--tolerance limits the drift of a merge, and --fold has its own limit; leave one out")
+    if timm and not fold:
+        raise EpitaxyError("--timm writes a folded model; give --fold too, which also merges what is linear")
     require_free(out)
     file = adapter_in(adapter)
     contents = inspect(file)
@@ -53,8 +68,23 @@ def command(
         say(f"merged the parts of {merged.name!r} ({before}) into {merged}")
         say(f"saved {out}; it opens as any adapter does")
         return
-    report = merge(opened.model, loaded.name, tolerance=tolerance)
-    front_end = contents.provenance.get(FRONT_END)
-    save_model(opened.model, opened.processor, out, front_end if isinstance(front_end, dict) else None)
-    say(str(report))
-    say(f"saved {out} ({weight_bytes(out):,} bytes); it opens as any transformers model does, without epitaxy")
+    model = opened.model
+    if fold:
+        model = fold_adapter(model, loaded.name)
+        done = f"folded {loaded.name!r}: {_weights(opened.model):,} parameters of the base, {_weights(model):,} now"
+    else:
+        done = str(merge(model, loaded.name, tolerance=tolerance))
+    if timm:
+        save_timm(model, out)
+        opens = "the arguments of timm's VisionTransformer are in timm.json"
+    else:
+        front_end = contents.provenance.get(FRONT_END)
+        save_model(model, opened.processor, out, front_end if isinstance(front_end, dict) else None)
+        opens = "it opens as any transformers model does, without epitaxy"
+    say(done)
+    say(f"saved {out} ({weight_bytes(out):,} bytes); {opens}")
+
+
+def _weights(model: nn.Module) -> int:
+    """Parameters of a model, its adapters' left out."""
+    return sum(value.numel() for name, value in model.named_parameters() if "epitaxy" not in name.split("."))

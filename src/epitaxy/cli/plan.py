@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Tell what a recipe will cost and give.
 
-    Parameters, file size, memory, time, whether the result merges, and to what it exports.
+    Parameters, file size, memory, time, whether the result merges or folds, and to what it exports.
     """
     show(recipe, overrides or [], probe, json)
 
@@ -67,8 +67,11 @@ def _print(plan: Plan) -> None:
         say(f"  {place}")
     for note in plan.data["notes"]:
         say(f"note: {note}")
+    for name, why in plan.data["left_out"]:
+        say(f"left out: {name}: {why}")
     _print_costs(plan)
     say(f"merges: {'yes' if plan.merge.possible else 'no'}, {plan.merge.reason}")
+    say(f"folds: {'yes' if plan.fold.possible else 'no'}, {plan.fold.reason}")
     say("exports")
     for export in plan.exports:
         say(f"  {export.name}: {'yes' if export.possible else 'no'}" + (f", {export.reason}" if export.reason else ""))

@@ -42,6 +42,14 @@ def command(
     say(f"report    {page}")
 
 
+def _left_out(result: dict[str, Any]) -> list[tuple[str, str]]:
+    skipped = result["data"]["skipped"]
+    if not skipped:
+        return []
+    name, why = skipped[0]
+    return [("left out", f"{len(skipped):,} examples, the first is {name} ({why}); the report lists them")]
+
+
 def _others(test: dict[str, Any]) -> str:
     unweighted = test.get("unweighted_accuracy")  # results of earlier versions have none
     return ("" if unweighted is None else f"unweighted {unweighted:.2%}, ") + f"macro F1 {test['macro_f1']:.3f}"
@@ -59,6 +67,7 @@ def _summary(result: dict[str, Any]) -> None:
                 "accuracy",
                 f"{test['accuracy']:.2%} on {counts['test']:,} test examples ({_others(test)})",
             ),
+            *_left_out(result),
             ("trained", f"{result['trained_parameters']:,} parameters; the base has {result['base']['parameters']:,}"),
             ("file", f"{result['file']}, {size(result['file_bytes'])}"),
             *([("skipped", _skipped(result))] if result.get("skipped_steps") else []),

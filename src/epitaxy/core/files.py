@@ -325,6 +325,11 @@ def fill(adapter: Adapter, tensors: Mapping[str, Tensor], source: str) -> None:
             raise FormatError(f"{source}: {key!r} holds NaN or infinite values")
     for key, place in places.items():
         place.copy_(tensors[key])
+    for piece in adapter.pieces:
+        for module in piece.module.modules():
+            check = getattr(module, "check_filled", None)
+            if callable(check):
+                check(source)
 
 
 register_format(Format("epitaxy", _recognises, _read, _write, _inspect))

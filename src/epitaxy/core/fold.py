@@ -3,9 +3,9 @@
 A parallel bottleneck with the activation of the feed-forward is r more hidden units of it.  With ``W1, b1, W2, b2``
 the feed-forward, ``D, b, U, c`` the adapter and ``s`` its factor, ``[W2, s U] g([W1; D] n + [b1; b]) + b2 + s c`` is
 the sum of both.  An adapter that reads the residual stream through a norm of its own needs the affine parts of both
-norms moved into the matrices: with weight and bias ``g2, h2`` of the model's norm and ``ga, ha`` of the adapter's, ``W1 g2``,
-``W1 h2 + b1``, ``D ga``, ``D ha + b``, after which the model's norm keeps weight one and bias zero; both norms must
-have one eps.  What merges (LoRA, BitFit, norms, heads) is merged into the same model.
+norms moved into the matrices: with weight and bias ``g2, h2`` of the model's norm and ``ga, ha`` of the adapter's,
+``W1 g2``, ``W1 h2 + b1``, ``D ga``, ``D ha + b``, after which the model's norm keeps weight one and bias zero; both
+norms must have one eps.  What merges (LoRA, BitFit, norms, heads) is merged into the same model.
 """
 
 from __future__ import annotations
@@ -70,6 +70,20 @@ def fold(model: nn.Module, name: str | None = None) -> nn.Module:
     return twin
 
 
+def fold_obstacle(method: Any) -> str | None:
+    """Why a method or composition folds into no model; None where it depends on the model.
+
+    A method says it by an attribute ``fold_obstacle``; one without it folds if it merges.
+    """
+    for part in methods_in(method):
+        reason = part.cannot.get("merge")
+        if reason is not None:
+            reason = getattr(part, "fold_obstacle", reason)
+        if reason is not None:
+            return f"{part.method_name}: {reason}"
+    return None
+
+
 def _fold(twin: nn.Module, name: str) -> None:
     record = require(twin)
     anatomy, feeds = record.anatomy, list(feed_forwards(record.anatomy))
@@ -77,6 +91,7 @@ def _fold(twin: nn.Module, name: str) -> None:
     touched = [feed for feed in feeds if feed.path in extras]
     training = {module: module.training for module in twin.modules()}
     twin.eval()
+    record.state.route = None
     activate(twin, name)
     before = [_result(twin, feed) for feed in touched]
     for path, edit in merges:
@@ -110,16 +125,17 @@ def _sorted(
         edit, where = piece.module, f"{piece.part} at {piece.path!r}" if piece.path else piece.part
         if not isinstance(edit, Edit):
             raise UnsupportedError(f"{where} neither merges nor folds: what a generator adds needs a context")
+        units = edit.module if isinstance(edit, Branch) and isinstance(edit.module, OffersHiddenUnits) else None
         try:
-            if isinstance(edit, Branch) and isinstance(edit.module, OffersHiddenUnits):
-                extra = _extra(twin, edit, edit.module.hidden_units(), places.get(piece.path))
+            if isinstance(edit, Branch) and units is not None:
+                extra = _extra(twin, edit, units.hidden_units(), places.get(piece.path))
                 extras.setdefault(piece.path, []).append(extra)
                 continue
             host = twin.get_submodule(piece.path)
             edit.mergeable_into(host)
             refuse_tied(twin, host, piece.path)
         except UnsupportedError as error:
-            reason = reasons.get(re.sub(r"_\d+$", "", piece.part)) if not isinstance(edit, Branch) else None
+            reason = None if units is not None else reasons.get(re.sub(r"_\d+$", "", piece.part))
             raise UnsupportedError(f"{where} neither merges nor folds: {reason or error}") from None
         merges.append((piece.path, edit))
     return extras, merges
@@ -251,4 +267,4 @@ def _compare(twin: nn.Module, feed: FeedForward, expected: Tensor) -> None:
         )
 
 
-__all__ = ["fold"]
+__all__ = ["fold", "fold_obstacle"]

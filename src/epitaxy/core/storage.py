@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from epitaxy.core.errors import FormatError
+from epitaxy.core.errors import EpitaxyError, FormatError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -48,6 +49,35 @@ def writing(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         reason = str(error).rpartition("I/O error: ")[2]
         raise FormatError(f"{path}: cannot be written ({reason})") from error
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A draft beside ``target`` that becomes the directory ``target`` when the block ends, and is gone when it fails.
+
+    Raises ``EpitaxyError`` when ``target`` exists and is not an empty directory.
+    """
+    require_free(target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            yield draft
+            os.chmod(draft, 0o755)
+            if target.is_dir():
+                target.rmdir()
+            os.replace(draft, target)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def require_free(target: Path) -> None:
+    """Raise when ``target`` exists and is not an empty directory."""
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists():
+        raise EpitaxyError(f"{target}: exists already and is not overwritten; choose another directory")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,17 @@ def add(pool: Pool, tree: Tree, path: str, label: str, split: str) -> Row | None
     row = Row(tree.files[path], label, split, name)
     pool.rows.append(row)
     return row
+
+
+@contextmanager
+def usable(pool: Pool, spec: DataSpec, where: str) -> Iterator[None]:
+    """What is wrong with one line ends the reading, or with ``on_bad="skip"`` that line is left out and listed."""
+    try:
+        yield
+    except FormatError as error:
+        if spec.on_bad != "skip":
+            raise
+        pool.missing.append((where, str(error).removeprefix(f"{where}: ")))
 
 
 def verify(pool: Pool, tree: Tree, spec: DataSpec, counts: Mapping[str, tuple[Any, Any]]) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from epitaxy.core.errors import EpitaxyError
+from epitaxy.core.errors import EpitaxyError, FormatError
 from epitaxy.methods.draws import Clock
 from epitaxy.methods.partition import bounds, slice_owners
 
@@ -169,6 +169,12 @@ class Parts(nn.Module):
         shape = [1] * tensor.dim()
         shape[self.axis] = -1
         return self.owners.view(shape).expand(tensor.shape)
+
+    def check_filled(self, source: str) -> None:
+        """Raise ``FormatError`` where owners that were read from ``source`` name parts that there are not."""
+        largest = int(self.owners.max())
+        if largest >= self.rule.parts:
+            raise FormatError(f"{source}: its owners name part {largest}, expected below {self.rule.parts}")
 
     def window(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
         """Of slices: the entries of each group's part (g length), and which of them count (None: all)."""

@@ -17,7 +17,7 @@ from epitaxy.report.page import PAGE, render
 from epitaxy.report.read import Run, read_run
 from epitaxy.report.samples import samples_of
 
-# Keys in which the runs of one method may differ: seeds, and the folds of a cross-validation.
+# Keys in which the runs of one method may differ: seeds (a method's own too), and the folds of a cross-validation.
 FREE = {"name", "out", "samples", "train.seed", "data.seed", "data.shots_seed", "data.fold"}
 
 
@@ -75,6 +75,8 @@ def _recipe_key(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[s
         dotted = f"{prefix}{key}"
         if isinstance(value, Mapping):
             yield from _recipe_key(value, f"{dotted}.")
+        elif dotted == "method":
+            yield dotted, repr([{name: field for name, field in entry.items() if name != "seed"} for entry in value])
         elif dotted not in FREE:
             yield dotted, repr(value)
 

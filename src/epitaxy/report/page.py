@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 PAGE = "report.html"
+LISTED = 500  # examples that were left out; more are in result.json
 KINDS = {"vision": "pictures", "audio": "sounds", "text": "texts"}
 
 
@@ -41,6 +42,8 @@ def content(run: Run) -> dict[str, Any]:
         "run": run,
         "result": result,
         "facts": _facts(result) if result else [],
+        "skipped": [tuple(entry) for entry in result["data"]["skipped"][:LISTED]] if result else [],
+        "unlisted": max(0, len(result["data"]["skipped"]) - LISTED) if result else 0,
         "costs": _costs(result) if result else [],
         "curves": curves_of(run),
         "updates": update_charts(run),
@@ -86,9 +89,6 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("Objective", str(result["objective"])))
     if result["method"] == "full fine-tuning":
         facts[1] = ("Base", f"{base['source']} ({base['class']}, {base['parameters']:,} parameters, all trained)")
-    if data["skipped"]:
-        first, why = data["skipped"][0]
-        facts.append(("Skipped", f"{len(data['skipped'])} examples, such as {first} ({why})"))
     if "normalisation" in data:
         facts.append(("Normalisation of pixels", normalisation_shown(data["normalisation"])))
     if "groups" in result:

@@ -18,6 +18,7 @@ from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError, UnsupportedError
 from epitaxy.core.explain import explain
 from epitaxy.core.files import TENSORS, formats, save
+from epitaxy.core.fold import fold
 from epitaxy.core.host import activate
 from epitaxy.core.merge import merge, unmerge
 from epitaxy.tasks.classification import Classification
@@ -97,6 +98,7 @@ class Plan:
     steps: int
     objective: Objective | None
     merge: Ability
+    fold: Ability
     exports: tuple[Ability, ...]
     memory: Memory
     time: Time | None
@@ -145,12 +147,14 @@ def plan(recipe: Recipe, measure: bool = True, progress: bool = False) -> Plan:
             "classes": list(splits.classes),
             "counts": {part: len(getattr(splits, part)) for part in ("train", "validation", "test")},
             "skipped": len(splits.skipped),
+            "left_out": [list(entry) for entry in splits.skipped],
             "notes": list(splits.notes),
             FRONT_END: settings_of(ready.task),
         },
         steps=steps,
         objective=objective,
         merge=mergeable,
+        fold=_folds(model, adapter),
         exports=exports,
         memory=memory,
         time=_time(measured, recipe, ready, steps) if measured else None,
@@ -173,6 +177,22 @@ def _merges(model: nn.Module, adapter: Adapter | None) -> Ability:
     unmerge(model, adapter.name)
     activate(model, adapter.name)
     return Ability("merge", True, "into the weights of the base, at no cost when it runs")
+
+
+def _folds(model: nn.Module, adapter: Adapter | None) -> Ability:
+    if adapter is None:
+        return Ability("fold", True, "the base itself is trained; there is nothing to fold")
+    own = {id(parameter) for parameter in adapter.parameters()}
+    before = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
+    try:
+        after = sum(parameter.numel() for parameter in fold(model, adapter.name).parameters())
+    except UnsupportedError as error:
+        return Ability("fold", False, str(error))
+    if after == before:
+        return Ability("fold", True, "all of it merges")
+    return Ability(
+        "fold", True, f"into wider feed-forwards of the same class, {after / before - 1:.2%} more parameters"
+    )
 
 
 def _stored(model: nn.Module, adapter: Adapter | None, name: str) -> tuple[int, int, tuple[Ability, ...]]:

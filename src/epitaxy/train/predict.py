@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,7 +102,8 @@ class Predictor:
         self.model.eval()
 
         def run() -> None:
-            scored.extend(self._scores(waiting, faults))
+            for piece, scores in self._scores(waiting, faults):  # a long sound's windows would add up to all of it
+                scored.append((replace(piece, value=None), scores))
             waiting.clear()
 
         def finished(until: str | None) -> Iterator[Prediction | Unreadable]:

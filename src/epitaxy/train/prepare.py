@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,13 @@ from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError
 from epitaxy.core.host import attach
 from epitaxy.data.splits import Splits, load_splits
+from epitaxy.methods.saliency import balance, wants_balance
 from epitaxy.models.opening import Opened
-from epitaxy.tasks.classification import Classification
+from epitaxy.tasks.classification import Batch, Classification
 from epitaxy.train.hearing import input_spec, open_for, task_for
 from epitaxy.train.recipe import Recipe
 
+SALIENCY_BATCHES = 8
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -45,7 +48,18 @@ def prepare(recipe: Recipe, splits: Splits | None = None, progress: bool = False
         adapter = attach(opened.model, recipe.adapter_method(), recipe.name)
         _require_head(recipe, opened, adapter)
         keep_all_layers(opened.model)
-    return Prepared(opened, adapter, splits, task_for(opened, splits, spec, progress))
+    ready = Prepared(opened, adapter, splits, task_for(opened, splits, spec, progress))
+    if adapter is not None and wants_balance(adapter.method):
+        batches = _some_batches(ready, recipe.train.batch, recipe.train.seed)
+        balance(opened.model, adapter, batches, ready.task.loss)
+    return ready
+
+
+def _some_batches(ready: Prepared, size: int, seed: int) -> Iterator[Batch]:
+    """Batches of the training data, in an order drawn from the seed: what owners from data are told by."""
+    order = torch.randperm(len(ready.splits.train), generator=torch.Generator().manual_seed(seed))
+    for start in range(0, min(len(order), SALIENCY_BATCHES * size), size):
+        yield ready.task.batch([ready.splits.train[int(row)] for row in order[start : start + size]])
 
 
 def keep_all_layers(model: nn.Module) -> None:

@@ -40,7 +40,7 @@ from epitaxy.train.run_directory import (
 from epitaxy.train.saving import save_model, weight_bytes
 from epitaxy.train.seeing import normalisation_of, processor_of
 
-SIZES = ("rank", "experts", "slots", "bottleneck", "tokens")  # fields that say how large a method is
+SIZES = ("rank", "experts", "slots", "bottleneck", "parts", "tokens")  # fields that say how large a method is
 
 
 def leads() -> bool:

@@ -107,7 +107,8 @@ def _soundfile() -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".") or type(error).__name__
+    text = getattr(error, "error_string", None) or str(error)  # libsndfile's own words, without the stream's name
+    return (text.splitlines() or [type(error).__name__])[0].rstrip(".") or type(error).__name__
 
 
 def _is_cut_wav(stream: BinaryIO, length: int) -> bool:

@@ -13,10 +13,11 @@ one source lies in two of them.  ``data.fold`` is the fold that is tested; the p
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 from epitaxy.core.errors import FormatError
 from epitaxy.data.divide import cut
-from epitaxy.data.layout import add, chosen_fold, chosen_protocol, disjoint, rooted, table_of, verify, whole
+from epitaxy.data.layout import add, chosen_fold, chosen_protocol, disjoint, rooted, table_of, usable, verify, whole
 from epitaxy.data.spec import DataSpec, Pool, Row
 from epitaxy.data.stored import Tree
 
@@ -30,28 +31,39 @@ def read_esc50(tree: Tree, spec: DataSpec) -> Pool:
     protocol, tested = chosen_protocol(spec, TITLE, PROTOCOLS), chosen_fold(spec, TITLE, FOLDS)
     tree = rooted(tree, TABLE, TITLE)
     pool = Pool([], "audio", "esc50")
-    names: dict[int, str] = {}
     sources: dict[str, dict[str, str]] = {f"fold {fold}": {} for fold in range(1, FOLDS + 1)}
     counts: Counter[tuple[int, int]] = Counter()
     recordings: dict[int, bytes] = {}
-    for where, cells in table_of(tree, TABLE, ("filename", "fold", "target", "category", "src_file")):
-        fold, target = whole(where, cells, "fold", 1, FOLDS), whole(where, cells, "target", 0, CLASSES - 1)
-        category, file = cells["category"], cells["filename"]
-        if names.setdefault(target, category) != category:
-            raise FormatError(f"{where}: target {target} is {names[target]!r} elsewhere and {category!r} here")
-        said = file.removesuffix(".wav").split("-")
-        if len(said) != 4 or (said[0], said[3]) != (str(fold), str(target)):
-            raise FormatError(f"{where}: the name {file!r} does not fit fold {fold} and target {target}")
-        counts[fold, target] += 1
-        sources[f"fold {fold}"].setdefault(cells["src_file"], file)
-        row = add(pool, tree, f"audio/{file}", category, _split(fold, tested, protocol))
-        if row is not None:
-            recordings[id(row)] = cells["src_file"].encode()
+    lines = list(table_of(tree, TABLE, ("filename", "fold", "target", "category", "src_file")))
+    names = _names(lines)
+    for where, cells in lines:
+        with usable(pool, spec, where):
+            fold, target = whole(where, cells, "fold", 1, FOLDS), whole(where, cells, "target", 0, CLASSES - 1)
+            category, file = cells["category"], cells["filename"]
+            if names[target] != category:
+                raise FormatError(f"{where}: target {target} is {names[target]!r} elsewhere and {category!r} here")
+            said = file.removesuffix(".wav").split("-")
+            if len(said) != 4 or (said[0], said[3]) != (str(fold), str(target)):
+                raise FormatError(f"{where}: the name {file!r} does not fit fold {fold} and target {target}")
+            counts[fold, target] += 1
+            sources[f"fold {fold}"].setdefault(cells["src_file"], file)
+            row = add(pool, tree, f"audio/{file}", category, _split(fold, tested, protocol))
+            if row is not None:
+                recordings[id(row)] = cells["src_file"].encode()
     _verify(pool, tree, spec, counts)
     disjoint(pool, tree, spec, "source recording", sources)
-    pool.declared = tuple(names[target] for target in sorted(names))
+    pool.declared = tuple(names[target] for target in sorted({target for _, target in counts}))
     _settle_validation(pool, protocol, recordings, spec)
     return pool
+
+
+def _names(lines: Sequence[tuple[str, dict[str, str]]]) -> dict[int, str]:
+    """The category that most lines give each target."""
+    votes: dict[int, Counter[str]] = defaultdict(Counter)
+    for _, cells in lines:
+        if cells["target"].isdigit():
+            votes[int(cells["target"])][cells["category"]] += 1
+    return {target: found.most_common(1)[0][0] for target, found in votes.items()}
 
 
 def _split(fold: int, tested: int, protocol: str) -> str:

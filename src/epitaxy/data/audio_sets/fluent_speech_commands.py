@@ -8,7 +8,7 @@ Transcriptions hold commas, so the tables are read as CSV.  No speaker is in two
 from __future__ import annotations
 
 from epitaxy.core.errors import FormatError
-from epitaxy.data.layout import add, chosen_protocol, disjoint, refuse_fold, rooted, table_of, verify
+from epitaxy.data.layout import add, chosen_protocol, disjoint, refuse_fold, rooted, table_of, usable, verify
 from epitaxy.data.spec import DataSpec, Pool
 from epitaxy.data.stored import Tree
 
@@ -35,16 +35,19 @@ def read_fluent_speech_commands(tree: Tree, spec: DataSpec) -> Pool:
         lines = list(table_of(tree, name, ("path", "speakerId", *SLOTS)))
         counts[name] = (len(lines), official)
         for where, cells in lines:
-            intent = tuple(cells[slot] for slot in SLOTS)
-            if not all(intent):
-                raise FormatError(f"{where}: expected an action, an object and a location, found {', '.join(intent)!r}")
-            path = cells["path"]
-            if path in seen:
-                raise FormatError(f"{where}: {path} is named already in {seen[path]}")
-            seen[path] = where
-            intents.add(intent)
-            speakers[split].setdefault(cells["speakerId"], path)
-            add(pool, tree, path, "-".join(intent), split)
+            with usable(pool, spec, where):
+                intent = tuple(cells[slot] for slot in SLOTS)
+                if not all(intent):
+                    raise FormatError(
+                        f"{where}: expected an action, an object and a location, found {', '.join(intent)!r}"
+                    )
+                path = cells["path"]
+                if path in seen:
+                    raise FormatError(f"{where}: {path} is named already in {seen[path]}")
+                seen[path] = where
+                intents.add(intent)
+                speakers[split].setdefault(cells["speakerId"], path)
+                add(pool, tree, path, "-".join(intent), split)
     verify(pool, tree, spec, {**counts, "intents": (len(intents), INTENTS)})
     disjoint(pool, tree, spec, "speaker", speakers)
     pool.declared = tuple("-".join(intent) for intent in sorted(intents))

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import PurePosixPath
 
 from epitaxy.core.errors import FormatError, nearest
-from epitaxy.data.layout import add, chosen_fold, chosen_protocol, text_of, verify
+from epitaxy.data.layout import add, chosen_fold, chosen_protocol, text_of, usable, verify
 from epitaxy.data.spec import DataSpec, Pool
 from epitaxy.data.stored import Tree
 
@@ -35,21 +35,22 @@ def read_iemocap(tree: Tree, spec: DataSpec) -> Pool:
             if not line.startswith("["):
                 continue
             where = f"{tree.root}/{path}:{place}"
-            utterance, emotion = _cells(where, line, number)
-            if emotion not in MERGED:
-                unused[emotion] += 1
-                continue
-            counts[MERGED[emotion]] += 1
-            voice = utterance.rpartition("_")[2][:1]
-            if voice not in ("F", "M"):
-                raise FormatError(
-                    f"{where}: {utterance} does not tell the speaker: its last part begins with no F or M"
-                )
-            split = "train" if number != session else "test" if voice == speaker else "validation"
-            root = path.split(f"Session{number}/")[0]
-            dialog = utterance.rpartition("_")[0]
-            sound = f"{root}Session{number}/sentences/wav/{dialog}/{utterance}.wav"
-            add(pool, tree, sound, MERGED[emotion], split)
+            with usable(pool, spec, where):
+                utterance, emotion = _cells(where, line, number)
+                if emotion not in MERGED:
+                    unused[emotion] += 1
+                    continue
+                counts[MERGED[emotion]] += 1
+                voice = utterance.rpartition("_")[2][:1]
+                if voice not in ("F", "M"):
+                    raise FormatError(
+                        f"{where}: {utterance} does not tell the speaker: its last part begins with no F or M"
+                    )
+                split = "train" if number != session else "test" if voice == speaker else "validation"
+                root = path.split(f"Session{number}/")[0]
+                dialog = utterance.rpartition("_")[0]
+                sound = f"{root}Session{number}/sentences/wav/{dialog}/{utterance}.wav"
+                add(pool, tree, sound, MERGED[emotion], split)
     verify(pool, tree, spec, {f"utterances of class {name}": (counts[name], count) for name, count in CLASSES.items()})
     if unused:
         shown = ", ".join(f"{count} {name}" for name, count in sorted(unused.items()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from epitaxy.core.errors import FormatError, nearest
-from epitaxy.data.layout import add, chosen_protocol, disjoint, refuse_fold, rooted, text_of, verify
+from epitaxy.data.layout import add, chosen_protocol, disjoint, refuse_fold, rooted, text_of, usable, verify
 from epitaxy.data.spec import DataSpec, Pool
 from epitaxy.data.stored import Tree
 
@@ -31,9 +31,11 @@ def read_speech_commands(tree: Tree, spec: DataSpec) -> Pool:
     refuse_fold(spec, TITLE)
     tree = rooted(tree, LISTS["test"][0], TITLE)
     pool = Pool([], "audio", "speech_commands", declared=WORDS)
-    listed = _listed(tree)
+    listed = _listed(tree, pool, spec)
     for word in tree.children(""):
-        if word not in WORDS and word != NOISE:
+        with usable(pool, spec, f"{tree.root}/{word}"):
+            if word in WORDS or word == NOISE:
+                continue
             raise FormatError(f"{tree.root}/{word}: not one of the {len(WORDS)} words of {TITLE}{nearest(word, WORDS)}")
     speakers: dict[str, dict[str, str]] = {"train": {}, "validation": {}, "test": {}}
     sounds = [path for path in sorted(tree.files) if path.endswith(".wav") and path.split("/")[0] in WORDS]
@@ -50,7 +52,7 @@ def read_speech_commands(tree: Tree, spec: DataSpec) -> Pool:
     return pool
 
 
-def _listed(tree: Tree) -> dict[str, str]:
+def _listed(tree: Tree, pool: Pool, spec: DataSpec) -> dict[str, str]:
     """The split of every clip that one of the two lists names."""
     listed: dict[str, str] = {}
     for split, (name, _) in LISTS.items():
@@ -59,9 +61,12 @@ def _listed(tree: Tree) -> dict[str, str]:
             if not path:
                 continue
             where = f"{tree.root}/{name}:{number}"
-            word = path.partition("/")[0]
-            if word not in WORDS or path.count("/") != 1:
-                raise FormatError(f"{where}: expected word/file.wav with one of the {len(WORDS)} words, found {path!r}")
-            if listed.setdefault(path, split) != split:
-                raise FormatError(f"{where}: {path} is in both lists")
+            with usable(pool, spec, where):
+                word = path.partition("/")[0]
+                if word not in WORDS or path.count("/") != 1:
+                    raise FormatError(
+                        f"{where}: expected word/file.wav with one of the {len(WORDS)} words, found {path!r}"
+                    )
+                if listed.setdefault(path, split) != split:
+                    raise FormatError(f"{where}: {path} is in both lists")
     return listed

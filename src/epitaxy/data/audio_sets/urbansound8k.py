@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 
 from epitaxy.core.errors import FormatError
-from epitaxy.data.layout import add, chosen_fold, chosen_protocol, disjoint, rooted, table_of, verify, whole
+from epitaxy.data.layout import add, chosen_fold, chosen_protocol, disjoint, rooted, table_of, usable, verify, whole
 from epitaxy.data.spec import DataSpec, Pool, Row
 from epitaxy.data.stored import Tree
 
@@ -45,17 +45,20 @@ def read_urbansound8k(tree: Tree, spec: DataSpec) -> Pool:
     recordings: dict[str, dict[str, str]] = {f"fold {fold}": {} for fold in range(1, FOLDS + 1)}
     lies_in = {path.rpartition("/")[2]: path for path in tree.files if path.startswith("audio/fold")}
     for where, cells in table_of(tree, TABLE, ("slice_file_name", "fsID", "fold", "classID", "class")):
-        fold, number = whole(where, cells, "fold", 1, FOLDS), whole(where, cells, "classID", 0, len(CLASSES) - 1)
-        name, label = cells["slice_file_name"], cells["class"]
-        if label != CLASSES[number]:
-            raise FormatError(f"{where}: class {number} is {CLASSES[number]!r}, found {label!r}")
-        path = f"audio/fold{fold}/{name}"
-        if path not in tree.files and name in lies_in:
-            raise FormatError(f"{where}: {name} belongs to fold {fold}, but lies in {lies_in[name].rpartition('/')[0]}")
-        sizes[fold] += 1
-        recordings[f"fold {fold}"].setdefault(cells["fsID"], name)
-        split = "test" if fold == tested else "validation" if protocol == "official" and fold == before else "train"
-        add(pool, tree, path, label, split)
+        with usable(pool, spec, where):
+            fold, number = whole(where, cells, "fold", 1, FOLDS), whole(where, cells, "classID", 0, len(CLASSES) - 1)
+            name, label = cells["slice_file_name"], cells["class"]
+            if label != CLASSES[number]:
+                raise FormatError(f"{where}: class {number} is {CLASSES[number]!r}, found {label!r}")
+            path = f"audio/fold{fold}/{name}"
+            if path not in tree.files and name in lies_in:
+                raise FormatError(
+                    f"{where}: {name} belongs to fold {fold}, but lies in {lies_in[name].rpartition('/')[0]}"
+                )
+            sizes[fold] += 1
+            recordings[f"fold {fold}"].setdefault(cells["fsID"], name)
+            split = "test" if fold == tested else "validation" if protocol == "official" and fold == before else "train"
+            add(pool, tree, path, label, split)
     verify(pool, tree, spec, {f"clips of fold {fold}": (sizes[fold], SIZES[fold - 1]) for fold in range(1, FOLDS + 1)})
     disjoint(pool, tree, spec, "recording", recordings)
     if protocol == "legacy":

@@ -55,6 +55,7 @@ def validate(recipe: Recipe, splits: Splits) -> tuple[float, float]:
             splits.validation,
             recipe.train,
             Path(scratch),
+            recipe.objective,
             progress=False,
         )
     best = next(line for line in result.history if line["step"] == result.best_step and "validation_loss" in line)

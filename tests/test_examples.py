@@ -28,6 +28,10 @@ def test_vision(capsys: pytest.CaptureFixture[str]) -> None:
     assert abs(before - after) < 0.01
 
 
+def test_trainer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert float(run("trainer", capsys).split()[-1]) > 0.4  # four classes
+
+
 def test_language(capsys: pytest.CaptureFixture[str]) -> None:
     assert "learned: True" in run("language", capsys)
 

@@ -35,11 +35,8 @@ def interpolated(table: Tensor, side: int) -> Tensor:
     return torch.cat([first, grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
-def main() -> None:
-    """Write weights, configuration and preprocessing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    out: Path = parser.parse_args().out
+def write(out: Path) -> None:
+    """Write weights, configuration and preprocessing to the directory ``out``."""
     weights = load((SHIPPED / "model.safetensors").read_bytes())
     weights[TABLE] = interpolated(weights[TABLE], SIDE // PATCH)
     config = json.loads((SHIPPED / "config.json").read_text(encoding="utf-8")) | {"image_size": SIDE}
@@ -48,7 +45,15 @@ def main() -> None:
     write_atomically(out / "model.safetensors", save(weights, metadata={"format": "pt"}))
     for name, values in {"config.json": config, "preprocessor_config.json": processor}.items():
         write_atomically(out / name, (json.dumps(values, indent=2) + "\n").encode())
-    print(f"{out}: {SIDE} by {SIDE} pixels, {weights[TABLE].shape[1]} tokens")
+
+
+def main() -> None:
+    """Write the model where it is wanted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    out: Path = parser.parse_args().out
+    write(out)
+    print(f"{out}: pictures of {SIDE} by {SIDE} pixels")
 
 
 if __name__ == "__main__":

@@ -176,6 +176,63 @@ def test_merge_refuses_what_cannot_merge(epitaxy: Epitaxy, base: Path, recipe: P
     assert not (tmp_path / "merged").exists()
 
 
+def test_fold_gives_a_plain_model(epitaxy: Epitaxy, base: Path, data: Path, recipe: Path, tmp_path: Path) -> None:
+    adaptformer = "{method: bottleneck, bottleneck: 3, norm: layer, reads: stream, scale: learned, activation: gelu}"
+    method = f"method=[{adaptformer}, {{method: lora, rank: 2}}, head]"
+    plan = epitaxy("plan", recipe, method, "--no-probe")
+    assert "merges: no" in plan.out
+    assert "folds: yes, into wider feed-forwards of the same class" in plan.out
+    run, out, timm = tmp_path / "run", tmp_path / "folded", tmp_path / "timm"
+    assert epitaxy("train", recipe, method, "train.epochs=2", f"out={run}").code == 0
+    assert "folds: yes, where the feed-forwards have the activation gelu" in " ".join(
+        epitaxy("inspect", run).out.replace("folds", "folds:").split()
+    )
+    outcome = epitaxy("merge", base, run, "--fold", "--out", out)
+    assert outcome.code == 0, outcome.err
+    assert "folded 'colours'" in outcome.out
+    assert json.loads((out / "config.json").read_text())["intermediate_size"] == 35
+    assert not any("epitaxy" in key for key in load_file(out / "model.safetensors"))
+    rows = json.loads(epitaxy("eval", out, "--data", data, "--json").out)["results"]
+    assert rows[0]["accuracy"] == _result(run)["test"]["accuracy"]
+    assert rows[0]["loss"] == pytest.approx(_result(run)["test"]["loss"], abs=1e-5)
+    assert epitaxy("merge", base, run, "--fold", "--timm", "--out", timm).code == 0
+    assert {path.name for path in timm.iterdir()} == {"model.safetensors", "timm.json"}
+    again = tmp_path / "again"
+    assert epitaxy("train", recipe, f"base={out}", "train.epochs=1", f"out={again}").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--timm"], "--timm writes a folded model"),
+        (["--fold", "--tolerance", "1"], "--fold has its own limit"),
+        (["--fold", "--parts"], "--parts saves an adapter and --fold a model"),
+    ],
+)
+def test_fold_refuses_words_that_do_not_go_together(
+    epitaxy: Epitaxy, base: Path, finished: Path, tmp_path: Path, words: list[str], says: str
+) -> None:
+    outcome = epitaxy("merge", base, finished, *words, "--out", tmp_path / "x")
+    assert outcome.code == 1
+    assert says in only_line(outcome.err)
+    assert not (tmp_path / "x").exists()
+
+
+def test_plan_and_merge_say_why_not(epitaxy: Epitaxy, base: Path, recipe: Path, tmp_path: Path) -> None:
+    plan = json.loads(epitaxy("plan", recipe, "method=[bottleneck, head]", "--json", "--no-probe").out)
+    assert plan["fold"]["possible"] is False
+    assert "its activation is 'relu'" in plan["fold"]["reason"]
+    assert json.loads(epitaxy("plan", recipe, "--json", "--no-probe").out)["fold"]["reason"] == "all of it merges"
+    run = tmp_path / "run"
+    method = "method=[{method: bottleneck, order: sequential}, head]"
+    assert epitaxy("train", recipe, method, "train.epochs=1", f"out={run}").code == 0
+    outcome = epitaxy("merge", base, run, "--fold", "--out", tmp_path / "folded")
+    assert outcome.code == 1
+    assert "only a parallel bottleneck without a residual" in only_line(outcome.err)
+    assert "no, bottleneck: only a parallel adapter" in json.loads(epitaxy("inspect", run, "--json").out)["folds"]
+    assert not (tmp_path / "folded").exists()
+
+
 def test_parts_merge_into_a_plain_adapter(
     epitaxy: Epitaxy, base: Path, data: Path, recipe: Path, tmp_path: Path
 ) -> None:
@@ -210,62 +267,6 @@ def test_a_lora_in_parts_is_exported_merged(
     assert epitaxy("export", run, "--to", "peft", "--out", out).code == 0
     rows = json.loads(epitaxy("eval", base, "--adapters", out, "--data", data, "--json").out)["results"]
     assert rows[0]["loss"] == pytest.approx(_result(run)["test"]["loss"], abs=1e-6)
-
-
-def test_fold_gives_a_plain_model(epitaxy: Epitaxy, base: Path, data: Path, recipe: Path, tmp_path: Path) -> None:
-    adaptformer = "{method: bottleneck, bottleneck: 3, norm: layer, reads: stream, scale: learned, activation: gelu}"
-    method = f"method=[{adaptformer}, {{method: lora, rank: 2}}, head]"
-    plan = epitaxy("plan", recipe, method, "--no-probe")
-    assert "merges: no" in plan.out
-    assert "folds: yes, into wider feed-forwards of the same class" in plan.out
-    run, out, timm = tmp_path / "run", tmp_path / "folded", tmp_path / "timm"
-    assert epitaxy("train", recipe, method, "train.epochs=2", f"out={run}").code == 0
-    assert "folds: yes, where the feed-forwards have the activation gelu" in " ".join(
-        epitaxy("inspect", run).out.replace("folds", "folds:").split()
-    )
-    outcome = epitaxy("merge", base, run, "--fold", "--out", out)
-    assert outcome.code == 0, outcome.err
-    assert "folded 'colours'" in outcome.out
-    assert json.loads((out / "config.json").read_text())["intermediate_size"] == 35
-    assert not any("epitaxy" in key for key in load_file(out / "model.safetensors"))
-    rows = json.loads(epitaxy("eval", out, "--data", data, "--json").out)["results"]
-    assert rows[0]["accuracy"] == _result(run)["test"]["accuracy"]
-    assert rows[0]["loss"] == pytest.approx(_result(run)["test"]["loss"], abs=1e-5)
-    assert epitaxy("merge", base, run, "--fold", "--timm", "--out", timm).code == 0
-    assert {path.name for path in timm.iterdir()} == {"model.safetensors", "timm.json"}
-    again = tmp_path / "again"
-    assert epitaxy("train", recipe, f"base={out}", "train.epochs=1", f"out={again}").code == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--timm"], "--timm writes a folded model"),
-        (["--fold", "--tolerance", "1"], "--fold has its own limit"),
-    ],
-)
-def test_fold_refuses_words_that_do_not_go_together(
-    epitaxy: Epitaxy, base: Path, finished: Path, tmp_path: Path, words: list[str], says: str
-) -> None:
-    outcome = epitaxy("merge", base, finished, *words, "--out", tmp_path / "x")
-    assert outcome.code == 1
-    assert says in only_line(outcome.err)
-    assert not (tmp_path / "x").exists()
-
-
-def test_plan_and_merge_say_why_not(epitaxy: Epitaxy, base: Path, recipe: Path, tmp_path: Path) -> None:
-    plan = json.loads(epitaxy("plan", recipe, "method=[bottleneck, head]", "--json", "--no-probe").out)
-    assert plan["fold"]["possible"] is False
-    assert "its activation is 'relu'" in plan["fold"]["reason"]
-    assert json.loads(epitaxy("plan", recipe, "--json", "--no-probe").out)["fold"]["reason"] == "all of it merges"
-    run = tmp_path / "run"
-    method = "method=[{method: bottleneck, order: sequential}, head]"
-    assert epitaxy("train", recipe, method, "train.epochs=1", f"out={run}").code == 0
-    outcome = epitaxy("merge", base, run, "--fold", "--out", tmp_path / "folded")
-    assert outcome.code == 1
-    assert "only a parallel bottleneck without a residual" in only_line(outcome.err)
-    assert "no, bottleneck: only a parallel adapter" in json.loads(epitaxy("inspect", run, "--json").out)["folds"]
-    assert not (tmp_path / "folded").exists()
 
 
 def test_export_and_back(epitaxy: Epitaxy, data: Path, base: Path, finished: Path, tmp_path: Path) -> None:

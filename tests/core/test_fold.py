@@ -14,7 +14,7 @@ from safetensors.torch import load_file, safe_open
 from torch import Tensor, nn
 
 import epitaxy
-from epitaxy import BitFit, Bottleneck, Conformer, EpitaxyError, Head, LoRA, NormTuning, Prefix
+from epitaxy import BitFit, Bottleneck, Conformer, EpitaxyError, Head, LoRA, MoSA, MoSALoRA, NormTuning, Prefix
 from epitaxy.core.fold import fold_obstacle
 from tests.contract.families import FAMILIES, NO_DROPOUT, Family, PlainTransformer, noise
 
@@ -86,6 +86,30 @@ def test_a_folded_model_is_the_stock_class(name: str, reads: str, tmp_path: Path
     torch.testing.assert_close(family.run(assert_strict(folded, tmp_path)), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(family.run(model), expected)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("vit", MoSA.adaptformer(6)),
+        ("vit", MoSA.adaptformer(6, partition="out_slice") + MoSALoRA(rank=4) + Head(labels=5)),
+        ("vit", MoSA(bottleneck=6, split="both", partition="column", bias="parts", scale="learned", norm="none")),
+        ("vit", MoSA(bottleneck=8, partition="rank_slice", active="bernoulli", coefficients=True)),
+        ("swin", MoSA.swin(6)),
+        ("ast", MoSA.adaptformer(6)),
+    ],
+)
+@torch.no_grad()
+def test_parts_fold_merged(name: str, method: Any, tmp_path: Path) -> None:
+    """A mixture of sparse adapters, also while it is in training mode, folds as the adapter it merges into."""
+    family = FAMILIES[name]
+    model = adapted(family, method)
+    expected = family.run(model)
+    assert fold_obstacle(method) is None
+    folded = epitaxy.fold(model.train()).eval()
+    assert_plain(folded, model)
+    torch.testing.assert_close(family.run(folded), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(family.run(assert_strict(folded, tmp_path)), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -298,6 +322,7 @@ def vit_with(**fields: Any) -> nn.Module:
         (vit_with(), Bottleneck(at="mlp.up", activation="gelu"), "does not stand beside a feed-forward"),
         (vit_with(), Bottleneck(norm="layer", activation="gelu"), "it normalises what the feed-forward reads as it is"),
         (vit_with(), Bottleneck(reads="stream", activation="gelu"), "reads the residual stream without a norm"),
+        (vit_with(), MoSA.pfeiffer(8), "mosa at .* only a parallel bottleneck without a residual"),
         (vit_with(), READS["stream"] + Conformer(kernel=3), "conformer at .* neither merges nor folds: a gated conv"),
         (vit_with(), READS["stream"] + Prefix(2), "prefix at .* neither merges nor folds"),
         (vit_with(), READS["stream"] + Head(pool="all"), "head at 'classifier' neither merges nor folds"),
@@ -382,6 +407,7 @@ def test_a_norm_with_two_readers_is_refused() -> None:
     [
         (Bottleneck.adaptformer(), None),
         (LoRA() + BitFit() + Head(), None),
+        (MoSA.houlsby(8), "mosa: only a parallel adapter"),
         (Bottleneck.pfeiffer(), "bottleneck: only a parallel adapter"),
         (Bottleneck(norm="layer"), "bottleneck: its input is normalised in another way"),
         (LoRA() + Conformer(), "conformer: a gated convolution is not linear"),

@@ -48,8 +48,14 @@ def launch(
 
 @pytest.mark.parametrize(
     ("method", "objective", "spoil"),
-    [("lora", "plain", 0), ("lora", "plain", 6), ("mosa", "plain", 0), ("mosa", "decoupled", 0), ("mosa", "joint", 0)]
-    + [("mosa", "lazy", 5)],
+    [
+        ("lora", "plain", 0),
+        ("lora", "plain", 6),
+        ("mosa", "plain", 0),
+        ("mosa", "decoupled", 0),
+        ("mosa", "joint", 0),
+        ("mosa", "lazy", 5),
+    ],
 )
 def test_two_processes_train_one_adapter_as_one_process_does(
     method: str, objective: str, spoil: int, tmp_path: Path

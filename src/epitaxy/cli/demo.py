@@ -23,20 +23,25 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class Demo:
-    """One demonstration: recipes in ``folder`` of the shipped ones; ``short`` is what stands for them all."""
+    """One demonstration: recipes in ``folder`` of the shipped ones; ``short`` is what stands for them all.
+
+    The first run of ``folded`` is shown as a plain model in the end, too.
+    """
 
     folder: str
     recipes: tuple[str, ...]
     short: tuple[str, ...]
     title: str
+    folded: str | None = None
 
 
 DEMOS = {
     "vision": Demo(
         "demo",
-        ("linear-probe", "bitfit", "deep-prompt", "bottleneck", "lora", "full"),
-        ("linear-probe", "lora"),
+        ("linear-probe", "bitfit", "deep-prompt", "bottleneck", "bottleneck-consistency", "mosa", "lora", "full"),
+        ("linear-probe", "lora", "mosa"),
         "Ways to adapt a frozen ViT",
+        "mosa",
     ),
     "audio": Demo(
         "demo/audio",
@@ -85,6 +90,8 @@ def command(
     runs = _run_all([f"{demo.folder}/{name}" for name in chosen], 1 if short else seeds, out)
     page = build_comparison(runs, out / PAGE, demo.title)
     _print(group_runs(runs))
+    if demo.folded in chosen:
+        _show_folded(next(run for run in runs if run.name == f"{demo.folded}-seed0"))
     say(f"\n{len(runs)} runs in {seconds(time.perf_counter() - began)}; report: {page}")
 
 
@@ -119,7 +126,40 @@ def _run_all(names: Sequence[str], seeds: int, out: Path) -> list[Path]:
 
 def _seeded(recipe: Recipe, seed: int, out: Path) -> Recipe:
     name = f"{recipe.name}-seed{seed}"
-    return recipe.model_copy(update={"name": name, "out": out / name, "train": replace(recipe.train, seed=seed)})
+    method = tuple({**entry, "seed": seed} if "seed" in entry else entry for entry in recipe.method)
+    train = replace(recipe.train, seed=seed)
+    return recipe.model_copy(update={"name": name, "out": out / name, "method": method, "train": train})
+
+
+def _show_folded(run: Path) -> None:
+    """Fold the adapter of a run into a plain model and compare both on the test split."""
+    import torch
+
+    from epitaxy import fold
+    from epitaxy.cli.console import say
+    from epitaxy.core.files import load
+    from epitaxy.data.splits import load_splits
+    from epitaxy.models.opening import open_classifier
+    from epitaxy.tasks.classification import Classification
+    from epitaxy.train.run_directory import ADAPTER, read_recipe
+
+    recipe = read_recipe(run)
+    splits = load_splits(recipe.data)
+    opened = open_classifier(recipe.base.source, splits.classes)
+    adapter = load(opened.model, run / ADAPTER)
+    own = sum(tensor.numel() for tensor in opened.model.state_dict().values())
+    plain = fold(opened.model.eval()).eval()
+    task = Classification(opened, splits.classes)
+    batch = task.batch([splits.test[number] for number in range(0, len(splits.test), 5)])
+    with torch.inference_mode():
+        scores, folded = (task.logits(model, batch) for model in (opened.model, plain))
+    same = int((scores.argmax(-1) == folded.argmax(-1)).sum())
+    say(
+        f"\n{run.name} folded into a plain {type(plain).__name__}: "
+        f"{sum(tensor.numel() for tensor in plain.state_dict().values()):,} parameters and no adapter, where base and "
+        f"adapter have {own:,} ({adapter.size():,} of them the adapter's); on {len(scores)} test pictures "
+        f"{same} of the answers are the same, and scores differ by at most {(scores - folded).abs().max():.0e}"
+    )
 
 
 def _print(groups: Sequence[Group]) -> None:

@@ -1,6 +1,7 @@
 """``epitaxy merge``: put an adapter into its base and save the result as a plain transformers model.
 
-With ``--parts`` the parts of an adapter are merged into one plain adapter, and this is saved.
+With ``--fold`` bottlenecks widen the feed-forwards.  With ``--parts`` the parts of an adapter are merged into one plain
+adapter, and this is saved.
 """
 
 from __future__ import annotations
@@ -17,20 +18,18 @@ if TYPE_CHECKING:
 def command(
     base: Annotated[str, typer.Argument(help="The base: reference-vit, reference-ast, a directory, or a hub name.")],
     adapter: Annotated[Path, typer.Argument(help="The adapter to merge, or a run directory.")],
-    out: Annotated[
-        Path, typer.Option("--out", help="A new directory for the merged model or adapter.", show_default=False)
-    ],
+    out: Annotated[Path, typer.Option("--out", help="A new directory for the merged model.", show_default=False)],
     tolerance: Annotated[
         float | None,
         typer.Option(help="Largest relative drift of the outputs that is accepted.", show_default="by type"),
     ] = None,
-    parts: Annotated[
-        bool, typer.Option("--parts", help="Merge the parts of a MoSA adapter into a plain adapter, and save that.")
-    ] = False,
     fold: Annotated[
         bool, typer.Option("--fold", help="Make bottlenecks hidden units of the feed-forwards; merge the rest.")
     ] = False,
     timm: Annotated[bool, typer.Option("--timm", help="With --fold: write a ViT under timm's names.")] = False,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="Merge the parts of a MoSA adapter into a plain adapter, and save that.")
+    ] = False,
 ) -> None:
     """Put an adapter into its base.
 
@@ -48,8 +47,10 @@ def command(
     from epitaxy.train.hearing import FRONT_END
     from epitaxy.train.saving import save_model, weight_bytes
 
-    if parts and (fold or tolerance is not None):
-        raise EpitaxyError("--parts is exact and gives an adapter; leave --tolerance and --fold out")
+    if parts and fold:
+        raise EpitaxyError("--parts saves an adapter and --fold a model, which merges the parts too; leave one out")
+    if parts and tolerance is not None:
+        raise EpitaxyError("--tolerance: nothing is folded into the base with --parts, which is exact")
     if fold and tolerance is not None:
         raise EpitaxyError("--tolerance limits the drift of a merge, and --fold has its own limit; leave one out")
     if timm and not fold:

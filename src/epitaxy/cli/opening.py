@@ -51,11 +51,14 @@ def classes_of(contents: Contents) -> list[str] | None:
 
 
 def open_base(source: str, contents: Contents) -> Base:
-    """Open the classifier that an adapter was trained on, or the model class that the source's own config names."""
+    """Open the classifier that an adapter was trained on, or the model class that the source's own config names.
+
+    Files of other programs name no classes; one with a head for so many tells how many the classifier needs.
+    """
     from epitaxy.train.hearing import front_end_for, open_for, stored_spec
     from epitaxy.train.seeing import processor_of
 
-    classes = classes_of(contents)
+    classes = classes_of(contents) or _numbered(contents)
     if classes is not None:
         spec = stored_spec(contents.provenance, str(contents.path))
         opened = open_for(source, classes, "float32", spec)
@@ -64,6 +67,14 @@ def open_base(source: str, contents: Contents) -> Base:
         )  # sets the statistics of a processor of sounds
         return Base(opened.model, processor_of(opened, front_end), source)  # what the merged model is saved with
     return _open_any(source)
+
+
+def _numbered(contents: Contents) -> list[str] | None:
+    """Names for the classes of a foreign head, as transformers gives them."""
+    if contents.format == "epitaxy":
+        return None
+    counts = [entry.get("labels") for entry in contents.methods if entry["method"] == "head"]
+    return [f"LABEL_{number}" for number in range(counts[0])] if counts and isinstance(counts[0], int) else None
 
 
 def _open_any(source: str) -> Base:

@@ -48,7 +48,8 @@ class Anatomy:
     """The roles of one model: role name -> its spots in the order of the network.
 
     ``trunk`` is the inner decoder of a ``causal`` language model; ``token_obstacle`` says why the model takes no
-    extra tokens; ``masked`` tells whether all its attention layers take masks of ours.
+    extra tokens; ``masked`` tells whether all its attention layers take masks of ours; ``one_length`` that its blocks
+    hand on a position bias that the first of them makes for one length of the sequence (WavLM).
     ``last`` is the module whose output is the last hidden states: the norm after the blocks, or the last block where
     none follows.  ``special`` counts the tokens that lead the sequence (class, distillation, registers);
     ``distillation`` is the position of the distillation token among them.
@@ -60,6 +61,7 @@ class Anatomy:
     trunk: str | None = None
     token_obstacle: str | None = None
     masked: bool = True
+    one_length: bool = False
     grid_obstacle: str | None = None
     last: str | None = None
     special: int = 0
@@ -122,6 +124,9 @@ def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
         token_obstacle=obstacle,
         grid_obstacle=grid,
         masked=all(uses_interface(core) for core in cores),
+        one_length=any(
+            "position_bias" in inspect.signature(type(modules[path]).forward).parameters for path, _ in blocks
+        ),
         last=_last(roles, modules, blocks, layout),
         special=special,
         distillation=distillation,
@@ -270,8 +275,8 @@ def _add_by_type(roles: dict[str, list[Spot]], modules: dict[str, nn.Module]) ->
     for path, module in modules.items():
         if any(f"{path}.".startswith(f"{idle}.") for idle in unread):
             continue
-        if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
-            continue  # torch reads the weights of its output projection and never calls it
+        if is_bypassed(modules.get(path.rpartition(".")[0]), path.rpartition(".")[2]):
+            continue
         layer = layers.get(path, _layer_of(path, roles))
         spot = Spot(path, layer)
         if is_norm(module):
@@ -338,6 +343,16 @@ def is_fused(attention: nn.Module) -> bool:
     return hasattr(type(attention), "torch_multi_head_self_attention")
 
 
+def is_bypassed(attention: nn.Module | None, name: str) -> bool:
+    """Whether an attention layer reads the weight of its child ``name`` and never calls it, so that hooks never run.
+
+    Torch's does so with its output projection; those of timm that add biases of their own to queries and values (BEiT,
+    EVA, Swin v2) with their one matrix.
+    """
+    own_biases = name == "qkv" and isinstance(getattr(attention, "q_bias", None), nn.Parameter)
+    return own_biases or isinstance(attention, nn.MultiheadAttention)
+
+
 def _looks_back(modules: dict[str, nn.Module], block: str, layout: Layout) -> bool:
     """Whether a block's attention is causal in a layout that encoders share (OPT has BART's)."""
     core = layout.parts.get("attention.core", layout.parts.get("attention"))
@@ -402,8 +417,11 @@ def _grid_obstacle(modules: dict[str, nn.Module], blocks: list[tuple[str, Layout
 
 
 def _pair_obstacle(modules: dict[str, nn.Module]) -> str | None:
-    if any("RelativePositionBias" in type(module).__name__ for module in modules.values()):  # BEiT
+    """BEiT's and EVA's positions; asked after the windows, whose positions are of one window."""
+    if any(isinstance(getattr(module, "relative_position_bias_table", None), Tensor) for module in modules.values()):
         return "its attention has a learned bias for every pair of positions of its own grid"
+    if any(isinstance(getattr(modules.get(path), "rope", None), nn.Module) for path in ("", "timm_model")):
+        return "its attention turns every patch by its place on its own grid"
     return None
 
 
@@ -435,6 +453,7 @@ __all__ = [
     "Spot",
     "base_modules",
     "describe",
+    "is_bypassed",
     "is_fused",
     "is_linear",
     "is_norm",

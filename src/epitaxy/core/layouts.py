@@ -352,6 +352,8 @@ HEAD_PATHS = (
     "proj_out",
     "head",
     "head.fc",
+    "timm_model.head",
+    "timm_model.head.fc",
     "fc",
 )
 

@@ -9,7 +9,17 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from epitaxy.core.anatomy import TYPE_ROLES, Anatomy, Spot, base_modules, is_linear, is_norm, linear_sizes, weight_of
+from epitaxy.core.anatomy import (
+    TYPE_ROLES,
+    Anatomy,
+    Spot,
+    base_modules,
+    is_bypassed,
+    is_linear,
+    is_norm,
+    linear_sizes,
+    weight_of,
+)
 from epitaxy.core.errors import SiteError, UnsupportedError, nearest
 
 
@@ -103,7 +113,7 @@ def select(
     chosen = _keep_layers(list(found.values()), anatomy, layers)
     order = {path: position for position, path in enumerate(modules)}
     chosen.sort(key=lambda pair: order[pair[1].path])
-    _refuse_fused_attention(chosen, modules)
+    _refuse_bypassed(chosen, modules)
     last = chosen[-1][1].path
     return [_site(role, spot, index, len(chosen), last, anatomy, modules) for index, (role, spot) in enumerate(chosen)]
 
@@ -149,13 +159,22 @@ def _keep_layers(
     return pairs
 
 
-def _refuse_fused_attention(pairs: list[tuple[str, Spot]], modules: Mapping[str, nn.Module]) -> None:
-    for _, spot in pairs:
-        parent = modules.get(spot.path.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
+def _refuse_bypassed(pairs: list[tuple[str, Spot]], modules: Mapping[str, nn.Module]) -> None:
+    for role, spot in pairs:
+        owner, _, name = spot.path.rpartition(".")
+        parent = modules.get(owner)
+        if is_bypassed(parent, name):
+            kind = (
+                "torch's nn.MultiheadAttention" if isinstance(parent, nn.MultiheadAttention) else type(parent).__name__
+            )
             raise SiteError(
-                f"{spot.path!r} is inside torch's nn.MultiheadAttention, which reads its weights without calling the "
+                f"{spot.path!r} is inside {kind}, which reads its weights without calling the "
                 "module, so nothing placed there would ever run; choose the attention module itself"
+            )
+        if role == "head" and f"{spot.path}_dist" in modules:
+            raise SiteError(
+                f"the outputs of {spot.path!r} and '{spot.path}_dist' are averaged, and a head would replace only one "
+                "of them; use the model without a distillation head"
             )
 
 

@@ -17,8 +17,9 @@ IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".
 
 
 def decode_image(data: bytes, name: str, quick: bool = False) -> Image.Image:
-    """Decode a picture to RGB, upright.  ``quick`` lets a JPEG be decoded small: every byte read, little computed.
+    """Decode a picture to RGB, upright, 16 bits to 8, without its transparency; of several frames the first.
 
+    ``quick`` lets a JPEG be decoded small: every byte read, little computed.
     Raises ``FormatError`` naming ``name`` and what is wrong.
     """
     if not data:
@@ -40,6 +41,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if values.size and (values.min() < 0 or values.max() > 65535 or image.mode == "F"):
             raise ValueError(f"pixels of mode {image.mode} are not read; store 8 or 16 bits")
         image = Image.fromarray((values / 256).astype(np.uint8))  # PIL itself would clip at 255
+    if image.mode in ("P", "PA") and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns of the direct way
     return image.convert("RGB")
 
 

@@ -124,7 +124,8 @@ class Bottleneck:
     @property
     def fold_obstacle(self) -> str | None:
         """Why no feed-forward of any model can take the adapter in; None where some can (``core/fold.py``)."""
-        if self.at != "mlp" or self.order != "parallel" or self.residual:
+        places = {self.at} if isinstance(self.at, str) else set(self.at)
+        if places & {"attention", "cross_attention", "block"} or self.order != "parallel" or self.residual:
             return "only a parallel adapter at the feed-forward, without a residual, is more hidden units of it"
         if (self.norm == "layer") != (self.reads == "stream"):
             return "its input is normalised in another way than the feed-forward's"

@@ -169,6 +169,11 @@ class MoSA:
             bottleneck=bottleneck, parts=parts, split=split, norm="layer", reads="stream", bias="parts", seed=seed
         )
 
+    @property
+    def fold_obstacle(self) -> str | None:
+        """As of the adapter that its parts merge into."""
+        return self.plain.fold_obstacle
+
     def shared(self, sites: Sequence[Site]) -> Clock:
         """The clock of all sites."""
         return Clock(self.seed)

@@ -101,7 +101,8 @@ def _open_pretrained(source: str, labels: list[str], dtype: torch.dtype) -> Part
     model, info = _read(source, "weights", lambda: _load(where, modality, config, dtype, key_mapping))
     if key_mapping is not None:
         del model._weight_conversions  # or it would be saved under the tower's names, which its class does not read
-    _require_preparation(source, where, modality)
+    if config.model_type != "timm_wrapper":  # whose config says it
+        _require_preparation(source, where, modality)
     processor = _read(source, "processor", lambda: _auto(_PROCESSORS[modality]).from_pretrained(where, **_OWN_CODE))
     fresh = _check_loaded(source, model, _head_path(source, model, len(labels)), info) or fresh
     return model, processor, modality, fresh
@@ -225,6 +226,8 @@ def _read(source: str, what: str, read: Any) -> Any:
 
 
 def _first_line(error: Exception) -> str:
+    if lacking := re.search(r"requires the (\S+) library but it was not found", str(error)):
+        return f"it needs {lacking[1]}, which is not installed: pip install {lacking[1]}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
 

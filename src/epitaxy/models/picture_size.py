@@ -45,6 +45,8 @@ def resize_pictures(model: nn.Module, pixels: int, source: str) -> None:
     """
     config: Any = model.config
     config = getattr(config, "vision_config", config)
+    if config.model_type == "timm_wrapper":
+        raise EpitaxyError(f"{source}: a timm model is opened at its own picture size only")
     if getattr(config, "patch_size", None) is None:
         return  # a convolutional network reads every size
     patch = _number(config.patch_size)

@@ -63,11 +63,17 @@ def group_runs(paths: Iterable[Path]) -> list[Group]:
         groups.setdefault(repr(sorted(_recipe_key(run.recipe))), []).append(run)
     if not groups:
         raise EpitaxyError("there are no runs to compare")
-    methods = [str((runs[0].result or {})["method"]) for runs in groups.values()]
+    methods = [_title(runs[0].result or {}) for runs in groups.values()]
     return [
         Group(method if methods.count(method) == 1 else f"{method}, {runs[0].name}", runs)
         for method, runs in zip(methods, groups.values(), strict=True)
     ]
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    """The method, and the objective where it is not the plain loss."""
+    objective = result.get("objective")
+    return str(result["method"]) + ("" if objective is None else f", {objective}")
 
 
 def _recipe_key(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import INTERFACE_PREFIX, uses_interface
+from epitaxy.core.anatomy import INTERFACE_PREFIX, is_bypassed, uses_interface
 from epitaxy.core.edits.edit import Arguments, Edit, cast, output_tensor, with_output
 from epitaxy.core.edits.start import learned_rows
 from epitaxy.core.edits.tap import Memo, Tap
@@ -60,6 +60,11 @@ class JointKV(Edit):
                 raise UnsupportedError(
                     f"the attention layer {site.path!r} of {site.anatomy.family} computes its softmax itself, beside "
                     "the attention interface of transformers, and takes no extra keys; use a gated prefix"
+                )
+            if "qkv" in site.part_paths:
+                raise UnsupportedError(
+                    f"the attention layer {site.path!r} of {site.anatomy.family} makes queries, keys and values by one "
+                    "matrix and takes no extra keys; use a gated prefix"
                 )
             if not {"k", "v"} <= set(site.part_paths):
                 raise SiteError(f"the attention layer {site.path!r} has no separate key and value projections")
@@ -167,6 +172,11 @@ class DecoupledKV(Edit):
     def placements(self, site: Site) -> Iterator[tuple[str, Edit]]:
         if "output" not in site.part_paths:
             raise SiteError(f"{site.path!r} is not an attention layer: it has no known output projection")
+        if is_bypassed(site.module, "qkv"):
+            raise UnsupportedError(
+                f"the attention layer {site.path!r} of {site.anatomy.family} never calls its projection 'qkv', so its "
+                "queries cannot be read"
+            )
         if "qkv" in site.part_paths:
             self.query_part = slice(0, self.keys.shape[1] if self.learned else self.to_k.out_features)
         query = site.part_paths.get("q", site.part_paths.get("qkv"))

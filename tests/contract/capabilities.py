@@ -37,6 +37,8 @@ TITLES_OF_FAMILIES = {
     "vit": "ViT",
     "dinov2": "DINOv2",
     "swin": "Swin",
+    "clip": "CLIP vision",
+    "timm": "ViT of timm",
     "ast": "AST",
     "wav2vec2": "Wav2Vec2",
     "whisper": "Whisper encoder",

@@ -29,7 +29,11 @@ FIRST = (  # the others are variations of these
     "head_labels",
     "lora_bitfit_head",
 )
-FIRST_ON_SDXL = ("lora", "lora_conv", "prefix")  # the largest; built like sd15
+FEW: dict[str, tuple[str, ...]] = {
+    "sdxl": ("lora", "lora_conv", "prefix"),  # the largest; built like sd15
+    "clip": ("lora", "bottleneck_parallel", "prompt_deep", "head_labels"),  # built like the other vision transformers
+    "timm": ("lora", "bottleneck_parallel", "prompt_deep", "head_labels"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,9 @@ class Cell:
         """Whether the cell belongs to the second stage."""
         family, method = self.family.name, self.method.name
         if self.check != "compiles":
-            return method not in (FIRST_ON_SDXL if family == "sdxl" else FIRST) and self.check != "attaches"
+            return method not in FEW.get(family, FIRST) and self.check != "attaches"
         first = family == "vit" and method in COMPILED_ON_VIT
-        first |= family in FAMILIES.keys() - {"sdxl"} and method == COMPILED_EVERYWHERE
+        first |= family in FAMILIES.keys() - FEW.keys() and method == COMPILED_EVERYWHERE
         return not first and (family, method) != ("llama", "prompt_deep")
 
 

@@ -80,6 +80,13 @@ DECLARED = (
         says="takes no extra tokens",
     ),
     Limit(
+        "prefix lora_prefix",
+        "timm",
+        "attaches",
+        "its attention makes queries, keys and values by one matrix, and computes its softmax itself",
+        says="takes no extra keys; use a gated prefix",
+    ),
+    Limit(
         "conformer* convpass* grid_conv",
         "llama mistral gpt2",
         "attaches",

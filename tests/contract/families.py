@@ -128,6 +128,21 @@ def swin() -> nn.Module:
     return SwinForImageClassification(config)
 
 
+def clip() -> nn.Module:
+    from transformers import CLIPConfig, CLIPForImageClassification
+
+    sizes = {key: value for key, value in HF_SIZES.items() if key != "num_labels"}
+    text = {**sizes, "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
+    config = CLIPConfig(vision_config={**sizes, "image_size": 16, "patch_size": 8}, text_config=text, num_labels=LABELS)
+    return CLIPForImageClassification(config)
+
+
+def timm() -> nn.Module:
+    from tests.models.timm_like import VisionTransformer
+
+    return VisionTransformer(num_classes=LABELS, init_values=0.5)
+
+
 def ast() -> nn.Module:
     from transformers import ASTConfig, ASTForAudioClassification
 
@@ -339,6 +354,8 @@ FAMILIES: dict[str, Family] = {
         Family("vit", vit, lambda batch: {"pixel_values": noise(batch, 3, 16, 16)}),
         Family("dinov2", dinov2, lambda batch: {"pixel_values": noise(batch, 3, 16, 16)}),
         Family("swin", swin, lambda batch: {"pixel_values": noise(batch, 3, 32, 32)}),
+        Family("clip", clip, lambda batch: {"pixel_values": noise(batch, 3, 16, 16)}),
+        Family("timm", timm, lambda batch: {"x": noise(batch, 3, 16, 16)}),
         Family("ast", ast, lambda batch: {"input_values": noise(batch, 32, 32)}),
         Family("wav2vec2", wav2vec2, lambda batch: {"input_values": noise(batch, 400)}),
         Family("whisper", whisper, lambda batch: {"input_features": noise(batch, 16, 40)}),

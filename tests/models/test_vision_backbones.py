@@ -239,3 +239,14 @@ def test_a_config_that_says_no_type(tmp_path: Path) -> None:
     with pytest.raises(EpitaxyError, match=r"^\S+m: cannot open the model's config: ") as caught:
         open_classifier(str(path), LABELS)
     assert "\n" not in str(caught.value)
+
+
+def test_a_prefix_on_one_tower_speaks_of_no_other(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    opened = open_classifier(str(save(build("clip"), tmp_path / "m")), LABELS)
+    before = opened.model(pixel_values=pictures()).logits
+    capfd.readouterr()
+    epitaxy.attach(opened.model, Prefix(tokens=2), name="a")
+    assert not torch.allclose(opened.model(pixel_values=pictures()).logits, before)
+    epitaxy.detach(opened.model, "a")
+    assert torch.equal(opened.model(pixel_values=pictures()).logits, before)
+    assert capfd.readouterr() == ("", "")

@@ -7,6 +7,7 @@ row or column is a mapping of
 * ``set``: keys of a recipe, nested or dotted;
 * ``folds`` (columns): values of ``data.fold``, over which the cell is averaged;
 * ``curve`` and ``at`` (columns): the chart this column is a point of, and its place there;
+* ``group`` (columns): the group whose mean this column is a part of; see ``groups``;
 * ``select`` (rows): as the grid's, instead of it.
 * ``metric`` and ``also`` (columns): the metric of this column, where it is another than the grid's, and further ones,
   which get a column each.
@@ -36,6 +37,7 @@ from epitaxy.train.recipe import Recipe, RecipeError, Section
 from epitaxy.train.recipe_files import compose, find_recipe, own_keys, with_keys
 from epitaxy.train.strict_yaml import parse
 
+GROUPS_MEAN = "Mean of groups"
 PERCENT = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -63,17 +65,19 @@ class Column(Section):
     folds: tuple[int, ...] = ()
     curve: str | None = None
     at: float | None = None
+    group: str | None = None
     metric: str | None = None
     also: tuple[str, ...] = ()
 
 
 class Grid(Section):
-    """A grid file; ``published`` holds percent, ``cells`` exceptions by row and column (``skip: true``: no such cell).
+    """A grid file; ``published`` holds percent, of columns or their groups.
 
-    ``seed_keys`` are the keys that a seed sets, those of a method (``method.NAME.FIELD``) in the cells that have it;
-    ``average`` adds a column with the mean over all columns; ``compare_with`` names a row, or several, from which the
-    others' differences are shown, seed by seed.  The trials of ``select`` are made with ``select_seeds`` (default: the
-    first of ``seeds``) and have the keys of ``select_set``.
+    ``cells`` are exceptions by row and column (``skip: true``: no such cell); ``seed_keys`` are the keys that a seed
+    sets, those of a method (``method.NAME.FIELD``) in the cells that have it; ``average`` adds a column with the mean
+    over all columns; ``compare_with`` names a row, or several, from which the others' differences are shown, seed by
+    seed.  The trials of ``select`` are made with ``select_seeds`` (default: the first of ``seeds``) and have the keys
+    of ``select_set``.
     """
 
     title: str
@@ -256,13 +260,19 @@ def _check(file: Path, grid: Grid) -> None:
         for name in names:
             if "/" in name or not slug(name) or slugs.count(slug(name)) > 1:
                 raise RecipeError(f"{file}: {what}: {name!r} cannot name a directory of its own; use other letters")
+    groups = {column.group for column in grid.columns.values() if column.group is not None}
+    for group in groups:
+        if group in grid.columns or group == GROUPS_MEAN:
+            raise RecipeError(f"{file}: columns: a group may not be called {group!r}, a column is")
+    groups |= {GROUPS_MEAN} if len(groups) > 1 else set()
     for what, table in (("published", grid.published), ("cells", grid.cells)):
         for row, columns in table.items():
             if row not in grid.rows:
                 raise RecipeError(f"{file}: {what}: no row is called {row!r}{nearest(row, grid.rows)}")
+            known = [*grid.columns, *(groups if what == "published" else ())]
             for column in columns:
-                if column not in grid.columns:
-                    raise RecipeError(f"{file}: {what}: no column is called {column!r}{nearest(column, grid.columns)}")
+                if column not in known:
+                    raise RecipeError(f"{file}: {what}: no column is called {column!r}{nearest(column, known)}")
     _known(file, "metric", grid.metric)
     for key in grid.seed_keys:
         if key.startswith("method."):

@@ -9,7 +9,8 @@ from typing import Any
 from markupsafe import Markup
 
 from epitaxy.bench.grid import Grid, slug
-from epitaxy.bench.outcome import CHOSEN, CHOSEN_COLUMNS, Outcome, averages, chosen_lines, legend
+from epitaxy.bench.groups import COUNTING, group_lines
+from epitaxy.bench.outcome import CHOSEN, CHOSEN_COLUMNS, Outcome, averages, chosen_lines, input_notes, legend
 from epitaxy.bench.paired import caption, difference_tables
 from epitaxy.core.storage import write_atomically
 from epitaxy.report import build_comparison
@@ -35,6 +36,8 @@ def build_page(
             for row in grid.rows
             if any(one.row == row for one in everything)
         ],
+        groups=group_lines(grid, outcomes),
+        counting=COUNTING,
         curves=curves(grid, outcomes),
         sizes=[
             (name, _sizes(name, outcomes)) for name in columns if name in grid.columns and _finished(name, outcomes)
@@ -45,7 +48,7 @@ def build_page(
         chosen_legend=CHOSEN,
         chosen_columns=CHOSEN_COLUMNS,
         failures=failures,
-        notes=grid.notes,
+        notes=[*input_notes(outcomes), *grid.notes],
     )
     write_atomically(out / file, page.encode())
     return out / file

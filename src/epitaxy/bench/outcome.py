@@ -13,6 +13,7 @@ from epitaxy.bench.grid import Cell, Grid, also_title
 from epitaxy.bench.tables import table
 from epitaxy.core.errors import EpitaxyError
 from epitaxy.report.figures import NOTHING
+from epitaxy.report.page import normalisation_shown
 from epitaxy.train.run_directory import RESULT, read_json
 
 AVERAGE = "Average"
@@ -29,7 +30,7 @@ class Outcome:
 
     ``over_seeds`` is the spread of the seeds' means over all folds, ``over_folds`` that of the folds' means over all
     seeds.  ``score`` is the mean of the runs that are finished, ``finished`` of ``planned``.  ``choices`` tells, fold
-    by fold, what was chosen on validation data.
+    by fold, what was chosen on validation data; ``normalisations`` how the pixels of its pictures were normalised.
     """
 
     row: str
@@ -46,6 +47,7 @@ class Outcome:
     train_seconds: float | None = None
     runs: tuple[Mapping[str, Any], ...] = ()
     choices: tuple[Verdict, ...] = ()
+    normalisations: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -91,6 +93,7 @@ def outcome(cell: Cell, metric: str) -> Outcome:
             results.append(result)
         runs.append(run)
     complete = len(found) == len(cell.runs)
+    found_inputs = [one["data"]["normalisation"] for one in results if "normalisation" in one.get("data", {})]
     return Outcome(
         cell.row,
         cell.column,
@@ -106,6 +109,7 @@ def outcome(cell: Cell, metric: str) -> Outcome:
         sum(result["train_seconds"] for result in results) if results else None,
         tuple(runs),
         tuple(judge(choice) for choice in cell.choices),
+        tuple(dict.fromkeys(normalisation_shown(used) for used in found_inputs)),
     )
 
 
@@ -188,6 +192,17 @@ def chosen_lines(outcomes: Sequence[Outcome]) -> list[list[str]]:
     return found
 
 
+def input_notes(outcomes: Sequence[Outcome]) -> list[str]:
+    """How pixels were normalised, in one note, or in one for each way where the cells differ."""
+    cells: dict[str, list[str]] = {}
+    for one in outcomes:
+        for used in one.normalisations:
+            cells.setdefault(used, []).append(f"{one.row} / {one.column}")
+    if len(cells) < 2:
+        return [f"Pixels in [0, 1] normalised by {used}." for used in cells]
+    return [f"Pixels in [0, 1] normalised by {used}: {', '.join(dict.fromkeys(own))}." for used, own in cells.items()]
+
+
 def _tried(option: Mapping[str, Any]) -> str:
     if option["failed"] is not None:
         return "diverged"
@@ -205,7 +220,7 @@ def markdown(grid: Grid, outcomes: Sequence[Outcome], failures: Mapping[str, str
         parts += [CHOSEN, table([dict(zip(CHOSEN_COLUMNS, line, strict=True)) for line in chosen])]
     if failures:
         parts.append("Failed:\n\n" + "\n".join(f"- {run}: {reason}" for run, reason in failures.items()))
-    parts += list(grid.notes)
+    parts += [*input_notes(outcomes), *grid.notes]
     return "\n\n".join(parts) + "\n"
 
 

@@ -109,6 +109,7 @@ def _scored(metric: str, result: dict[str, Any]) -> str:
 
 def _write(file: Path, grid: Grid, cells: Sequence[Cell], failures: dict[str, str], out: Path, json: bool) -> None:
     from epitaxy.bench.grid_page import build_page
+    from epitaxy.bench.groups import COUNTING, group_lines, group_means, markdown_parts
     from epitaxy.bench.outcome import as_json, legend, lines, markdown, outcomes_of
     from epitaxy.bench.paired import caption, difference_tables, markdown_tables, paired
     from epitaxy.cli.console import say, say_json, table
@@ -118,8 +119,10 @@ def _write(file: Path, grid: Grid, cells: Sequence[Cell], failures: dict[str, st
     outcomes = outcomes_of(cells)
     found = as_json(file, grid, outcomes, failures)
     found["paired"] = [one.to_dict() for one in paired(grid, outcomes)]
+    found["groups"] = [one.to_dict() for one in group_means(grid, outcomes)]
     write_json(out / JSON, found)
-    write_atomically(out / MARKDOWN, markdown(grid, outcomes, failures, markdown_tables(grid, outcomes)).encode())
+    further = [*markdown_parts(grid, outcomes), *markdown_tables(grid, outcomes)]
+    write_atomically(out / MARKDOWN, markdown(grid, outcomes, failures, further).encode())
     page = build_page(grid, outcomes, failures, out)
     if json:
         say_json(found)
@@ -128,6 +131,10 @@ def _write(file: Path, grid: Grid, cells: Sequence[Cell], failures: dict[str, st
     say(f"\n{grid.title}")
     table(columns, rows, columns[1:])
     say(legend(outcomes))
+    if (means := group_lines(grid, outcomes)) is not None:
+        say("\nMeans of groups")
+        table(*means, means[0][1:])
+        say(COUNTING)
     for against, names, differences in difference_tables(grid, outcomes):
         say(f"\n{caption(against)}")
         table(names, differences, names[1:])

@@ -55,16 +55,17 @@ def open_base(source: str, contents: Contents) -> Base:
 
     Files of other programs name no classes; one with a head for so many tells how many the classifier needs.
     """
-    from epitaxy.data.audio.front_end import build
-    from epitaxy.train.hearing import open_for, stored_spec
+    from epitaxy.train.hearing import front_end_for, open_for, stored_spec
+    from epitaxy.train.seeing import processor_of
 
     classes = classes_of(contents) or _numbered(contents)
     if classes is not None:
         spec = stored_spec(contents.provenance, str(contents.path))
         opened = open_for(source, classes, "float32", spec)
-        if spec is not None:
-            build(spec, opened.processor)  # which sets the statistics that the merged model is saved with
-        return Base(opened.model, opened.processor, source)
+        front_end = (
+            None if spec is None else front_end_for(opened, spec)
+        )  # sets the statistics of a processor of sounds
+        return Base(opened.model, processor_of(opened, front_end), source)  # what the merged model is saved with
     return _open_any(source)
 
 

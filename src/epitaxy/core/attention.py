@@ -55,8 +55,18 @@ def use(model: nn.Module) -> str:
             f"this method needs the attention implementation 'sdpa' or 'eager', the model uses {current!r}; "
             "call model.set_attn_implementation('sdpa') first"
         )
-    model.set_attn_implementation(INTERFACE_PREFIX + current)  # type: ignore[operator]
+    model.set_attn_implementation(for_towers(model, INTERFACE_PREFIX + current))  # type: ignore[operator]
     return current
+
+
+def for_towers(model: nn.Module, name: str) -> str | dict[str, str]:
+    """``name`` for the model and those towers of its config that it has: a classifier on CLIP lacks the text tower."""
+    config: Any = model.config
+    towers = {key for key in getattr(config, "sub_configs", {}) if getattr(config, key, None) is not None}
+    if not towers:
+        return name
+    held = [id(getattr(module, "config", None)) for module in model.modules()]
+    return {"": name, **{key: name for key in sorted(towers) if id(getattr(config, key)) in held}}
 
 
 def _attend(

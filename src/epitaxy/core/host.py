@@ -146,7 +146,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if record.adapters:
         return
     if record.state.interface is not None:
-        model.set_attn_implementation(record.state.interface)  # type: ignore[operator]
+        model.set_attn_implementation(attention.for_towers(model, record.state.interface))  # type: ignore[operator]
     fused.close_again(model)
     for path in record.counting:
         model.get_submodule(path).track_running_stats = True  # type: ignore[assignment]

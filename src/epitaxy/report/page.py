@@ -89,7 +89,20 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("Objective", str(result["objective"])))
     if result["method"] == "full fine-tuning":
         facts[1] = ("Base", f"{base['source']} ({base['class']}, {base['parameters']:,} parameters, all trained)")
+    if "normalisation" in data:
+        facts.append(("Normalisation of pixels", normalisation_shown(data["normalisation"])))
+    if "groups" in result:
+        own = (f"{name} {one['accuracy']:.2%} of {one['examples']:,}" for name, one in result["groups"].items())
+        facts.append(("Sets", ", ".join(own)))
     return facts + [("Note", note) for note in data["notes"]]
+
+
+def normalisation_shown(used: Mapping[str, Any]) -> str:
+    """Which normalisation of pictures a result was got with, in a few words."""
+    if used["mean"] is None:
+        return "the model's own processor"
+    name = {"processor": "the model's own processor", "model": "the model's own"}.get(used["name"], used["name"])
+    return f"{name}: mean {', '.join(f'{n:g}' for n in used['mean'])}; std {', '.join(f'{n:g}' for n in used['std'])}"
 
 
 def _steps(result: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ Draw = tuple[int, ...]  # what decides the chances of one training example: (see
 
 
 class FrontEnd(Protocol):
-    """Makes the input of a model of sounds; ``draws`` marks training examples."""
+    """Makes the input of a model of sounds or pictures; ``draws`` marks training examples."""
 
     def inputs(self, examples: Sequence[Example], draws: Sequence[Draw] | None = None) -> Mapping[str, Tensor]: ...
 
@@ -97,12 +97,12 @@ class Classification:
         kind = "text" if isinstance(values[0], str) else "audio" if hasattr(values[0], "samples") else "vision"
         if kind != self.modality:
             raise FormatError(f"{self.source} reads {found[self.modality]}s, but {examples[0].name} is a {found[kind]}")
+        if self.front_end is not None and kind != "text":
+            return self.front_end.inputs(examples, draws)
         if kind == "vision":
             return self.processor(images=values, return_tensors="pt")
         if kind == "text":
             return self.processor(values, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt")
-        if self.front_end is not None:
-            return self.front_end.inputs(examples, draws)
         rate = int(self.processor.sampling_rate)
         samples = [wave.at(rate).samples for wave in values]
         raw = self.processor.model_input_names[0] == "input_values"  # spectrograms have a length of their own

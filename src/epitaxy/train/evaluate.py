@@ -12,10 +12,10 @@ import torch
 from epitaxy.core.errors import FormatError
 from epitaxy.core.files import Contents, inspect, load
 from epitaxy.core.host import detach
-from epitaxy.data.audio.spec import AudioSpec
+from epitaxy.data.image.spec import ImageSpec
 from epitaxy.data.splits import load_splits
 from epitaxy.tasks.classification import Classification
-from epitaxy.train.hearing import audio_spec, input_size, open_for, saved_spec, stored_spec, task_for
+from epitaxy.train.hearing import InputSpec, input_size, input_spec, open_for, saved_spec, stored_spec, task_for
 from epitaxy.train.recipe import Recipe
 
 
@@ -38,16 +38,16 @@ def evaluate(recipe: Recipe, adapters: Sequence[Path], split: str, batch: int, p
     """Metrics of each adapter in turn on ``split`` of the recipe's data, on the recipe's base.
 
     The bare base comes first where it has a head of its own for these classes.  Every file is looked at before
-    anything is measured.  An adapter of sounds is measured with the front end it was trained with, a model that we
-    saved with the one beside it.  Raises ``FormatError`` for an adapter of other classes, or for adapters whose models
-    read clips of different lengths.
+    anything is measured.  An adapter is measured with the front end it was trained with, a model that we saved with the
+    one beside it.  Raises ``FormatError`` for an adapter of other classes, or for adapters whose models read inputs of
+    different sizes.
     ``progress`` shows what takes long.
     """
     contents = [inspect(path) for path in adapters]
     splits = load_splits(recipe.data).lazily()
     for found in contents:
         _require_classes(found, splits.classes)
-    asked = audio_spec(recipe.data.audio or saved_spec(recipe.base.source), splits)
+    asked = input_spec(recipe.data, splits, saved_spec(recipe.base.source))
     specs = [stored_spec(found.provenance, str(found.path), asked) or asked for found in contents]
     _require_one_size(contents, specs)
     spec = specs[0] if specs else asked
@@ -79,14 +79,21 @@ def evaluate(recipe: Recipe, adapters: Sequence[Path], split: str, batch: int, p
     return rows
 
 
-def _require_one_size(contents: Sequence[Contents], specs: Sequence[AudioSpec | None]) -> None:
+def _require_one_size(contents: Sequence[Contents], specs: Sequence[InputSpec | None]) -> None:
     """One opened base reads clips of one length."""
     for found, spec in zip(contents, specs, strict=True):
-        if spec is not None and specs[0] is not None and input_size(spec) != input_size(specs[0]):
+        first = specs[0]
+        if spec is not None and first is not None and input_size(spec) != input_size(first):
             raise FormatError(
-                f"{found.path}: was trained on {spec.frames} frames and {spec.mels} mel bins, "
-                f"{contents[0].path} on {specs[0].frames} and {specs[0].mels}; measure them one at a time"
+                f"{found.path}: was trained on {_size(spec)}, {contents[0].path} on {_size(first, brief=True)}; "
+                "measure them one at a time"
             )
+
+
+def _size(spec: InputSpec, brief: bool = False) -> str:
+    if isinstance(spec, ImageSpec):
+        return f"pictures of {spec.size} pixels"
+    return f"{spec.frames} and {spec.mels}" if brief else f"{spec.frames} frames and {spec.mels} mel bins"
 
 
 def _require_classes(found: Contents, classes: Sequence[str]) -> None:

@@ -13,12 +13,11 @@ from torch import nn
 from epitaxy.core.errors import EpitaxyError, FormatError
 from epitaxy.core.files import inspect, load
 from epitaxy.core.merge import MergeReport, merge
-from epitaxy.data.audio.front_end import build
 from epitaxy.data.audio.spec import AudioSpec
 from epitaxy.data.inputs import Piece, Windows, pieces
 from epitaxy.models.opening import Opened
 from epitaxy.tasks.classification import Classification
-from epitaxy.train.hearing import open_for, saved_spec, stored_spec
+from epitaxy.train.hearing import InputSpec, front_end_for, open_for, saved_spec, stored_spec
 from epitaxy.train.run_directory import ADAPTER, MODEL, RESULT, is_run, read_json, read_recipe
 
 Aggregate = Literal["mean", "max"]
@@ -60,7 +59,7 @@ class Predictor:
     task: Classification
     classes: tuple[str, ...]
     source: str
-    spec: AudioSpec | None = None
+    spec: InputSpec | None = None
     adapter: str | None = None
 
     @property
@@ -80,7 +79,7 @@ class Predictor:
                 f"the window may be as long as the clips of the training, {self.seconds:g} seconds, got {length:g}"
             )
         length = length or self.seconds or WINDOW
-        mono = self.spec.mono if self.spec is not None else "mean"
+        mono = self.spec.mono if isinstance(self.spec, AudioSpec) else "mean"
         return Windows(length, length / 2 if hop is None else hop, int(self.task.processor.sampling_rate), mono)
 
     def merge(self) -> MergeReport:
@@ -194,14 +193,14 @@ def _adapted(path: Path, base: str | None, dtype: str = "float32") -> Predictor:
 
 
 def _opened(
-    source: str, classes: Sequence[str], spec: AudioSpec | None, dtype: str = "float32", whole: bool = False
+    source: str, classes: Sequence[str], spec: InputSpec | None, dtype: str = "float32", whole: bool = False
 ) -> Predictor:
     opened: Opened = open_for(source, classes, dtype, spec)
     if whole and opened.head == "fresh":
         raise FormatError(f"{source}: this model has no head for its classes, so it is no classifier")
     if opened.modality == "audio":
         spec = spec or AudioSpec()
-    front_end: Any = None if spec is None else build(spec, opened.processor)
+    front_end: Any = None if spec is None else front_end_for(opened, spec)
     opened.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return Predictor(opened.model, Classification(opened, classes, front_end=front_end), tuple(classes), source, spec)
 

@@ -15,7 +15,7 @@ from epitaxy.data.splits import Splits, load_splits
 from epitaxy.methods.saliency import balance, wants_balance
 from epitaxy.models.opening import Opened
 from epitaxy.tasks.classification import Batch, Classification
-from epitaxy.train.hearing import audio_spec, open_for, task_for
+from epitaxy.train.hearing import input_spec, open_for, task_for
 from epitaxy.train.recipe import Recipe
 
 SALIENCY_BATCHES = 8
@@ -40,7 +40,7 @@ def prepare(recipe: Recipe, splits: Splits | None = None, progress: bool = False
     Raises ``EpitaxyError`` when the parts do not fit, such as a fresh task head that nothing would train.
     """
     splits = (load_splits(recipe.data) if splits is None else splits).lazily()
-    spec = audio_spec(recipe.data.audio, splits)
+    spec = input_spec(recipe.data, splits)
     torch.manual_seed(recipe.train.seed)
     opened = open_for(recipe.base.source, splits.classes, recipe.base.dtype, spec)
     adapter = None

@@ -48,7 +48,8 @@ def probe(ready: Prepared, config: TrainConfig, objective: TwoPass | None = None
             paired, _ = _steps(ready, config, device, objective)
             step += (paired - step) / objective.every
     model.eval()
-    examples = [ready.splits.validation[place] for place in range(min(EVALUATED, len(ready.splits.validation)))]
+    seen = ready.splits.validation if len(ready.splits.validation) else ready.splits.test
+    examples = [seen[place] for place in range(min(EVALUATED, len(seen)))]
     began = time.perf_counter()
     with torch.no_grad():
         batch = {key: value.to(device) for key, value in ready.task.batch(examples).items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from epitaxy.core.errors import EpitaxyError, nearest
 from epitaxy.core.registry import from_config, methods_in, to_config
 from epitaxy.data.audio.spec import AudioSpec, Augment
+from epitaxy.data.image.spec import ImageSpec
 from epitaxy.data.splits import DataSpec
 from epitaxy.tasks.two_pass import TwoPass
 from epitaxy.train.config import TrainConfig
@@ -105,6 +107,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "base": tuple(Base.model_fields),
     "data": tuple(field.name for field in fields(DataSpec)),
     "data.audio": tuple(field.name for field in fields(AudioSpec)),
+    "data.image": tuple(field.name for field in fields(ImageSpec)),
     "data.audio.augment": tuple(field.name for field in fields(Augment)),
     "train": tuple(field.name for field in fields(TrainConfig)),
     "objective": ("kind", *(field.name for field in fields(TwoPass))),
@@ -250,13 +253,19 @@ def _resolved(entries: list[dict[str, Any]], origin: str) -> list[dict[str, Any]
 
 def _check_types(method: Any) -> None:
     """Check the fields of a method against their annotations, which dataclasses themselves do not."""
-    hints = typing.get_type_hints(type(method))
-    for field in fields(method):
+    kind: Any = type(method)
+    for name, adapter in _adapters(kind).items():
         try:
-            adapter = TypeAdapter(hints[field.name], config=ConfigDict(arbitrary_types_allowed=True))
-            adapter.validate_python(getattr(method, field.name), strict=True)
+            adapter.validate_python(getattr(method, name), strict=True)
         except ValidationError as error:
-            raise EpitaxyError(f"{method.method_name}.{field.name}: {_expected(error.errors()[0])}") from None
+            raise EpitaxyError(f"{method.method_name}.{name}: {_expected(error.errors()[0])}") from None
+
+
+@lru_cache(maxsize=64)
+def _adapters(kind: Any) -> dict[str, TypeAdapter[Any]]:
+    """What checks each field of a method."""
+    hints, config = typing.get_type_hints(kind), ConfigDict(arbitrary_types_allowed=True)
+    return {field.name: TypeAdapter(hints[field.name], config=config) for field in fields(kind)}
 
 
 def _within(path: tuple[str, ...], values: Mapping[str, Any]) -> tuple[str, ...]:

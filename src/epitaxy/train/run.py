@@ -38,6 +38,7 @@ from epitaxy.train.run_directory import (
     write_json,
 )
 from epitaxy.train.saving import save_model, weight_bytes
+from epitaxy.train.seeing import normalisation_of, processor_of
 
 SIZES = ("rank", "experts", "slots", "bottleneck", "parts", "tokens")  # fields that say how large a method is
 
@@ -68,7 +69,7 @@ def run(recipe: Recipe, splits: Splits | None = None, progress: bool = True) -> 
             if leads():
                 claim(recipe)
                 write_json(out / run_directory.ENVIRONMENT, describe_environment())
-            trained = _train(recipe, ready, out, progress)
+            trained = train_prepared(recipe, ready, out, progress)
             if leads():
                 _finish(recipe, ready, trained, out, began)
             processes.wait_for_everyone()
@@ -78,9 +79,10 @@ def run(recipe: Recipe, splits: Splits | None = None, progress: bool = True) -> 
     return result
 
 
-def _train(recipe: Recipe, ready: Prepared, out: Path, progress: bool) -> TrainResult:
+def train_prepared(recipe: Recipe, ready: Prepared, out: Path, progress: bool = True) -> TrainResult:
+    """Train what ``prepare`` built; without validation data (protocol final) the last step is what is kept."""
     model, splits = ready.opened.model, ready.splits
-    data = (splits.train, splits.validation)
+    data = (splits.train, splits.validation if len(splits.validation) else None)
     return train(model, ready.adapter, ready.task, *data, recipe.train, out, recipe.objective, progress=progress)
 
 
@@ -99,7 +101,8 @@ def _keep(recipe: Recipe, out: Path, ready: Prepared, tested: Metrics) -> None:
     front_end = settings_of(ready.task)
     if ready.adapter is None:
         if not (out / MODEL).exists():
-            save_model(ready.opened.model, ready.opened.processor, out / MODEL, front_end)
+            processor = processor_of(ready.opened, ready.task.front_end)
+            save_model(ready.opened.model, processor, out / MODEL, front_end)
         return
     ready.adapter.provenance = {
         "base": recipe.base.source,
@@ -116,7 +119,7 @@ def _keep(recipe: Recipe, out: Path, ready: Prepared, tested: Metrics) -> None:
 
 def _expert_use(ready: Prepared, batch: int) -> dict[str, Any]:
     """How a mixture of adapters uses its experts on the validation data; nothing for other methods."""
-    if ready.adapter is None or not mixtures_of(ready.adapter):
+    if ready.adapter is None or not mixtures_of(ready.adapter) or not len(ready.splits.validation):
         return {}
     with expert_use(ready.adapter) as counted:
         ready.task.evaluate(ready.opened.model, ready.splits.validation, batch)
@@ -141,7 +144,7 @@ def _write_predictions(out: Path, ready: Prepared, tested: Metrics, count: int) 
 
 def _result(recipe: Recipe, ready: Prepared, trained: TrainResult, tested: Metrics, out: Path) -> dict[str, Any]:
     splits, adapter, model = ready.splits, ready.adapter, ready.opened.model
-    front_end = settings_of(ready.task)
+    front_end, normalisation = settings_of(ready.task), normalisation_of(ready.task, recipe.data.image)
     base = sum(p.numel() for name, p in model.named_parameters() if "epitaxy" not in name.split("."))
     return {
         "name": recipe.name,
@@ -155,9 +158,11 @@ def _result(recipe: Recipe, ready: Prepared, trained: TrainResult, tested: Metri
             "skipped": [list(entry) for entry in splits.skipped],
             "notes": list(splits.notes),
             **({FRONT_END: front_end} if front_end is not None else {}),
+            **({"normalisation": normalisation} if normalisation is not None else {}),
         },
         "seed": recipe.train.seed,
         "test": tested.scalars(),
+        **_by_group(splits, tested),
         "validation": {"metric": recipe.train.metric, "best": trained.best_metric, "step": trained.best_step},
         "objective": None if recipe.objective is None else str(recipe.objective),
         "steps": trained.steps,
@@ -170,6 +175,16 @@ def _result(recipe: Recipe, ready: Prepared, trained: TrainResult, tested: Metri
         "train_seconds": trained.train_seconds,
         "peak_memory": peak_memory(model),
     }
+
+
+def _by_group(splits: Splits, tested: Metrics) -> dict[str, Any]:
+    """Accuracy and size of each set, where the data join several."""
+    if not splits.groups:
+        return {}
+    right: dict[str, list[bool]] = {}
+    for target, said in zip(tested.targets, tested.predictions, strict=True):
+        right.setdefault(splits.groups[splits.classes[target]], []).append(said == target)
+    return {"groups": {name: {"accuracy": sum(own) / len(own), "examples": len(own)} for name, own in right.items()}}
 
 
 def method_title(recipe: Recipe) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,12 @@ def read(file: Path) -> Any:
 
 def parse(text: str, source: str) -> Any:
     """The value of a YAML document; raises ``EpitaxyError`` naming ``source`` and the line of a mistake."""
+    return deepcopy(_parsed(text, source))
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str, source: str) -> Any:
+    """A document is parsed once: a grid composes hundreds of recipes out of a few files."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:

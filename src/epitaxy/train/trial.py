@@ -15,10 +15,9 @@ from epitaxy.train import run_directory
 from epitaxy.train.checkpoint import FOLDER
 from epitaxy.train.config import TrainResult
 from epitaxy.train.environment import describe_environment
-from epitaxy.train.loop import train
 from epitaxy.train.prepare import prepare
 from epitaxy.train.recipe import Recipe, RecipeError
-from epitaxy.train.run import leads
+from epitaxy.train.run import leads, train_prepared
 from epitaxy.train.run_directory import TRIAL, claim, held, read_json, require_claimable, write_json
 from epitaxy.train.session import DivergenceError
 
@@ -43,18 +42,8 @@ def trial(recipe: Recipe, splits: Splits | None = None, progress: bool = True) -
             if leads():
                 claim(recipe)
                 write_json(out / run_directory.ENVIRONMENT, describe_environment())
-            parts = (ready.splits.train, ready.splits.validation)
             try:
-                trained = train(
-                    ready.opened.model,
-                    ready.adapter,
-                    ready.task,
-                    *parts,
-                    recipe.train,
-                    out,
-                    recipe.objective,
-                    progress=progress,
-                )
+                trained = train_prepared(recipe, ready, out, progress)
                 found = _found(recipe, trained)
             except DivergenceError as error:
                 found = {**_empty(recipe), "failed": str(error)}

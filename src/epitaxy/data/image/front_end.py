@@ -54,6 +54,19 @@ class Pixels:
         pictures = [self._picture(example.value, source) for example, source in zip(examples, sources, strict=True)]
         return {"pixel_values": torch.from_numpy(np.stack([self._values(picture) for picture in pictures]))}
 
+    def processor_like(self, processor: Any) -> Any:
+        """A processor of the same kind that does at evaluation what is done here: to be saved with the model."""
+        assert not isinstance(self.spec.normalisation, str)
+        mean, std = self.spec.normalisation
+        settings: dict[str, Any] = {"do_normalize": True, "image_mean": list(mean), "image_std": list(std)}
+        settings |= {"do_resize": True, "do_rescale": True, "resample": int(RESAMPLING[self.spec.interpolation])}
+        square = {"height": self.size, "width": self.size}
+        if self.spec.resize == "exact":
+            settings |= {"size": square, "do_center_crop": False}
+        else:
+            settings |= {"size": {"shortest_edge": self.spec.side}, "do_center_crop": True, "crop_size": square}
+        return type(processor).from_dict({**processor.to_dict(), **settings})
+
     def _picture(self, image: Image.Image, source: np.random.Generator | None) -> Image.Image:
         spec, size = self.spec, self.size
         if spec.resize == "exact":
@@ -88,7 +101,6 @@ class Pixels:
 def build(spec: ImageSpec, processor: Any) -> Pixels:
     """The front end for the model that ``processor`` belongs to.
 
-    The processor is set to do the same at evaluation, as far as it can, so that saved with the model it goes on to.
     Raises ``EpitaxyError`` when neither ``spec`` nor the processor says the size or the normalisation.
     """
     size = spec.size or own_size(processor)
@@ -98,7 +110,6 @@ def build(spec: ImageSpec, processor: Any) -> Pixels:
     spec = replace(spec, size=size, normalisation=normalisation)
     if spec.resize == "short_side":
         spec = replace(spec, side=spec.shorter_side(size))
-    _set(processor, spec, size)
     return Pixels(spec, size)
 
 
@@ -133,22 +144,6 @@ def _sides(size: Any) -> list[int]:
         return []
     values = size.values() if isinstance(size, Mapping) else vars(size).values() if hasattr(size, "__dict__") else size
     return [int(value) for value in values if value is not None]
-
-
-def _set(processor: Any, spec: ImageSpec, size: int) -> None:
-    """Let the processor of a saved model do what is done here."""
-    assert not isinstance(spec.normalisation, str)
-    mean, std = spec.normalisation
-    settings: dict[str, Any] = {"do_normalize": True, "image_mean": list(mean), "image_std": list(std)}
-    settings |= {"do_resize": True, "do_rescale": True, "resample": int(RESAMPLING[spec.interpolation])}
-    square = {"height": size, "width": size}
-    if spec.resize == "exact":
-        settings |= {"size": square, "do_center_crop": False}
-    else:
-        settings |= {"size": {"shortest_edge": spec.side}, "do_center_crop": True, "crop_size": square}
-    fresh = type(processor).from_dict({**processor.to_dict(), **settings})
-    vars(processor).clear()
-    vars(processor).update(vars(fresh))
 
 
 def _by_short_side(size: tuple[int, int], short: int) -> tuple[int, int]:

@@ -182,5 +182,11 @@ class Parts(nn.Module):
         index = self.begin[draw.chosen].unsqueeze(1) + torch.arange(self.length, device=self.begin.device)
         return index, None if self.valid is None else self.valid[draw.chosen]
 
+    def in_parts(self) -> Iterator[tuple[str, nn.Parameter, Tensor, Tensor]]:
+        """Of its own parameters: each coefficient belongs to its part (``partition.split_parameters``)."""
+        if self.coefficients is not None:
+            number = torch.arange(self.rule.parts, dtype=torch.uint8, device=self.used.device)
+            yield "coefficients", self.coefficients, number, self.used
+
     def extra_repr(self) -> str:
         return f"{self.rule.parts} parts, {self.rule.active} active by {self.rule.draw}"

@@ -8,6 +8,7 @@ coefficient for each part are the mixture of low-rank experts of MLAE (2024).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 

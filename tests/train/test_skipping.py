@@ -227,6 +227,7 @@ class FakeAccelerator:
 
         class Scaled:
             param_groups, zero_grad = optimizer.param_groups, optimizer.zero_grad
+            optimizer: Any = None
 
             def step(self) -> None:
                 scaler.step(optimizer)

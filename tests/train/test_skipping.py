@@ -227,13 +227,14 @@ class FakeAccelerator:
 
         class Scaled:
             param_groups, zero_grad = optimizer.param_groups, optimizer.zero_grad
-            optimizer: Any = None
 
             def step(self) -> None:
                 scaler.step(optimizer)
                 scaler.update()
 
-        return Scaled()
+        scaled: Any = Scaled()
+        scaled.optimizer = optimizer
+        return scaled
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

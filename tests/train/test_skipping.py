@@ -235,7 +235,9 @@ class FakeAccelerator:
                 scaler.step(optimizer)
                 scaler.update()
 
-        return Scaled()
+        scaled: Any = Scaled()
+        scaled.optimizer = optimizer
+        return scaled
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

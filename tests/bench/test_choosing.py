@@ -13,7 +13,9 @@ from epitaxy.bench.choosing import judge, settled
 from epitaxy.bench.grid import cells_of, load_grid
 from epitaxy.core.errors import EpitaxyError
 from epitaxy.tasks.classification import Classification
-from epitaxy.train.recipe import RecipeError
+from epitaxy.train import run as running
+from epitaxy.train import trial as trying
+from epitaxy.train.recipe import RecipeError, from_dict
 from epitaxy.train.run_directory import read_recipe, write_json
 from tests.cli.conftest import Epitaxy, epitaxy  # noqa: F401  (a fixture)
 from tests.report.page_parser import Page
@@ -254,3 +256,25 @@ def test_a_trial_that_diverges_loses_and_the_grid_goes_on(
     assert found["finished"] == 2
     assert found["choices"][0]["chosen"]["train.learning_rate"] != 1e-1
     assert "learning_rate 0.1: diverged" in Path("runs/digits/grid.md").read_text()
+
+
+def test_a_trial_trains_as_its_run_does_with_the_objective_too(grid: Path) -> None:
+    values: dict[str, Any] = {
+        "out": "trial",
+        "base": "reference-vit",
+        "method": [{"method": "lora", "rank": 2, "dropout": 0.5}, "head"],
+        "data": {"source": "builtin:digits", "limit_per_class": 2, "limit_evaluation_per_class": 1},
+        "train": {"batch": 8, "steps": 3, "log_every": 1, "learning_rate": 1e-2, "evaluate_every": 3},
+        "samples": 0,
+    }
+
+    def losses(out: str) -> list[float]:
+        lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    tied = {**values, "objective": {"kind": "two_pass", "weight": 5.0}}
+    trying.trial(from_dict(tied, "a test"), progress=False)
+    running.run(from_dict({**tied, "out": "run"}, "a test"), progress=False)
+    running.run(from_dict({**values, "out": "plain"}, "a test"), progress=False)
+    assert len(losses("trial")) == 3
+    assert losses("trial") == losses("run") != losses("plain")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import ViTConfig, ViTForImageClassification
 
 from epitaxy.cli import demo, doctor
 from epitaxy.cli.eval import spread
 from epitaxy.core import registry
 from epitaxy.train import recipe_files
+from epitaxy.train.run_directory import read_recipe
 from tests.cli.conftest import Epitaxy
 
 
@@ -121,9 +124,11 @@ def test_adapters_may_follow_each_other() -> None:
 
 
 def test_demo(epitaxy: Epitaxy, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole demo on a tiny base: a table, a page with links to the pages of the runs, and nothing done twice."""
+    """The whole demo on a tiny base: a table, a page with links, a folded model, and nothing done twice."""
     recipes = {}
-    for name, method in {"linear-probe": "head", "lora": "[{method: lora, rank: 2}, head]", "full": "full"}.items():
+    mosa = "[{method: mosa, bottleneck: 4}, head]\nobjective: two_pass"
+    methods = {"linear-probe": "head", "lora": "[{method: lora, rank: 2}, head]", "full": "full", "mosa": mosa}
+    for name, method in methods.items():
         file = tmp_path / f"{name}.yaml"
         file.write_text(
             f"name: {name}\nbase: {base}\nmethod: {method}\ndata: {data}\n"
@@ -132,18 +137,38 @@ def test_demo(epitaxy: Epitaxy, base: Path, data: Path, tmp_path: Path, monkeypa
         recipes[f"demo/{name}"] = file
     monkeypatch.setattr(recipe_files, "shipped_recipes", lambda: recipes)
     monkeypatch.chdir(tmp_path)
-    words = ["demo", "--seeds", "2", "--method", "linear-probe", "--method", "lora", "--method", "full"]
+    words = ["demo", "--seeds", "2", *(word for name in methods for word in ("--method", name))]
     outcome = epitaxy(*words)
     assert outcome.code == 0, outcome.err
-    table = [line for line in outcome.out.splitlines() if line.startswith(("method", "head", "lora", "full fine"))]
-    assert [line.split("  ")[0] for line in table] == ["method", "head", "lora (rank 2) + head", "full fine-tuning"]
+    table = [
+        line for line in outcome.out.splitlines() if line.startswith(("method", "head", "mosa (", "lora", "full fine"))
+    ]
+    assert [line.split("  ")[0] for line in table] == [
+        "method",
+        "head",
+        "mosa (bottleneck 4, parts 4) + head, two passes (decoupled), symmetric KL",
+        "lora (rank 2) + head",
+        "full fine-tuning",
+    ]
     assert all("±" in line for line in table[1:])
     runs = sorted(path.name for path in Path("demo-run/vision").iterdir() if path.is_dir())
-    assert runs == sorted(f"{name}-seed{seed}" for name in ("full", "linear-probe", "lora") for seed in (0, 1))
+    assert runs == sorted(f"{name}-seed{seed}" for name in methods for seed in (0, 1))
     weights = {
         path: path.read_bytes() for path in Path("demo-run/vision").rglob("*.safetensors")
     }  # each seed has a start of its own
-    assert len(set(weights.values())) == 6
+    assert len(set(weights.values())) == 8
+    seeds = [read_recipe(Path(f"demo-run/vision/mosa-seed{seed}")).method[0]["seed"] for seed in (0, 1)]
+    assert seeds == [0, 1]
+    folded = re.search(
+        r"mosa-seed0 folded into a plain ViTForImageClassification: ([\d,]+) parameters and no adapter, .* on (\d+) "
+        r"test pictures (\d+) of the answers are the same, and scores differ by at most (\S+)",
+        " ".join(outcome.out.split()),
+    )
+    assert folded is not None, outcome.out
+    plain = ViTForImageClassification(ViTConfig.from_pretrained(base, intermediate_size=32 + 4, num_labels=3))
+    assert int(folded[1].replace(",", "")) == sum(tensor.numel() for tensor in plain.state_dict().values())
+    assert folded[2] == folded[3]
+    assert float(folded[4]) < 1e-5
     page = Path("demo-run/vision/report.html").read_text()
     for run in runs:
         assert f'href="{run}/report.html"' in page

@@ -205,6 +205,18 @@ def test_wavlm_under_a_mask_is_as_torch_computes_it() -> None:
     torch.testing.assert_close(layer(hidden, attention_mask=mask)[0][:, :8], prefixed[:, :8])
 
 
+@pytest.mark.parametrize("layers", [(0,), (1,)])
+@pytest.mark.parametrize("model", ["wavlm", "wavlm_stable"])
+def test_wavlm_takes_prompts_in_all_blocks_or_none(model: str, layers: tuple[int, ...]) -> None:
+    """Its first block makes one position bias for all: a sequence of another length later on would not fit it."""
+    base = MODELS[model].model()
+    with pytest.raises(UnsupportedError, match="prompts of wavlm span all its blocks: the first one makes"):
+        epitaxy.attach(base, epitaxy.Prompt(tokens=2, layers=layers))
+    assert not epitaxy.adapters(base)
+    epitaxy.attach(base, epitaxy.Prompt(tokens=2, deep=True, layers=(0, 1)))
+    assert MODELS[model].run(base).isfinite().all()
+
+
 def test_wavlm_gets_its_own_attention_back() -> None:
     model = MODELS["wavlm"].model()
     layers = [module for module in model.modules() if type(module).__name__ == "WavLMAttention"]

@@ -336,3 +336,24 @@ def test_a_pooled_head_does_not_merge() -> None:
     epitaxy.attach(model, Head(pool="all"))
     with pytest.raises(EpitaxyError, match="does not read what a pooled head reads"):
         epitaxy.merge(model)
+
+
+def test_a_language_head_with_an_output_bias_keeps_its_outputs() -> None:
+    """BART adds one value to each word's score: a head of another size would fail when it runs."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 30, "max_position_embeddings": 20}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    config = transformers.BartConfig(**sizes, **heads)
+    model = transformers.BartForConditionalGeneration(config).eval()
+    said = r"'lm_head' of bart keeps its 30 outputs, .* final_logits_bias; got labels 4: leave labels out"
+    with pytest.raises(EpitaxyError, match=said):
+        epitaxy.attach(model, Head(labels=4))
+    assert not epitaxy.adapters(model)
+    ids = torch.tensor([[0, 5, 6, 2]])
+    before = model(ids).logits
+    for head in (Head(), Head(labels=30)):
+        epitaxy.attach(model, head, name="own")
+        assert torch.equal(model(ids).logits, before)
+        epitaxy.detach(model)
+    decoder = transformers.BartForCausalLM(config).eval()  # which adds nothing
+    epitaxy.attach(decoder, Head(labels=4))
+    assert decoder(ids).logits.shape == (1, 4, 4)

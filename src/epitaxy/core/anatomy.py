@@ -48,7 +48,9 @@ class Anatomy:
     """The roles of one model: role name -> its spots in the order of the network.
 
     ``trunk`` is the inner decoder of a ``causal`` language model; ``token_obstacle`` says why the model takes no
-    extra tokens; ``masked`` tells whether all its attention layers take masks of ours.
+    extra tokens; ``masked`` tells whether all its attention layers take masks of ours; ``one_length`` that its blocks
+    hand on a position bias that the first of them makes for one length of the sequence (WavLM).
+    ``fixed_outputs`` names a buffer that the model adds to what its language head gives, one value for each output.
     ``last`` is the module whose output is the last hidden states: the norm after the blocks, or the last block where
     none follows.  ``special`` counts the tokens that lead the sequence (class, distillation, registers);
     ``distillation`` is the position of the distillation token among them.
@@ -60,6 +62,8 @@ class Anatomy:
     trunk: str | None = None
     token_obstacle: str | None = None
     masked: bool = True
+    one_length: bool = False
+    fixed_outputs: str | None = None
     grid_obstacle: str | None = None
     last: str | None = None
     special: int = 0
@@ -83,6 +87,9 @@ class Anatomy:
     def block_of(self, path: str) -> Spot | None:
         """The block that ``path`` is or lies in."""
         return next((spot for spot in self.roles.get("block", ()) if f"{path}.".startswith(f"{spot.path}.")), None)
+
+
+OUTPUT_BIAS = "final_logits_bias"  # of BART and its like
 
 
 def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
@@ -122,6 +129,10 @@ def describe(model: nn.Module, layout: Layout | None = None) -> Anatomy:
         token_obstacle=obstacle,
         grid_obstacle=grid,
         masked=all(uses_interface(core) for core in cores),
+        one_length=any(
+            "position_bias" in inspect.signature(type(modules[path]).forward).parameters for path, _ in blocks
+        ),
+        fixed_outputs=next((OUTPUT_BIAS for module in modules.values() if OUTPUT_BIAS in module._buffers), None),
         last=_last(roles, modules, blocks, layout),
         special=special,
         distillation=distillation,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from epitaxy.core.anatomy import is_linear, linear_sizes
 from epitaxy.core.edits import Edit
 from epitaxy.core.edits.head import POOLINGS, PooledHead, Pooling, Replace
-from epitaxy.core.errors import EpitaxyError, SiteError
+from epitaxy.core.errors import EpitaxyError, SiteError, UnsupportedError
+from epitaxy.core.layouts import LANGUAGE_HEADS
 from epitaxy.core.registry import method
 from epitaxy.core.sites import Site
 
@@ -46,8 +47,21 @@ class Head:
         }
         object.__setattr__(self, "cannot", cannot)
 
+    def _require_outputs(self, site: Site) -> None:
+        """Raise where the model adds something to its outputs that fits no other number of them."""
+        bias = site.anatomy.fixed_outputs
+        if bias is None or self.labels is None or site.path.rpartition(".")[2] not in LANGUAGE_HEADS:
+            return
+        outputs = linear_sizes(site.module)[1]
+        if self.labels != outputs:
+            raise UnsupportedError(
+                f"{site.path!r} of {site.anatomy.family} keeps its {outputs} outputs, to which the model adds its "
+                f"{bias}; got labels {self.labels}: leave labels out, or use a model for classification"
+            )
+
     def edits(self, site: Site) -> Iterator[Edit]:
         if self.pool is None:
+            self._require_outputs(site)
             yield Replace(site.module, self.labels)
             return
         if not is_linear(site.module):

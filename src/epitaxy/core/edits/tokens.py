@@ -74,6 +74,11 @@ class Tokens(Edit):
         self.blocks = range(first, last + 1)
         if len(self.blocks) != site.count:
             raise SiteError(f"prompts take blocks in a row, not {site.count} of the blocks {first} to {last}")
+        if anatomy.one_length and site.count != len(paths):
+            raise UnsupportedError(
+                f"prompts of {anatomy.family} span all its blocks: the first one makes the position bias of all, for "
+                "one length of the sequence; leave layers out"
+            )
         self.in_trunk, self.masked = anatomy.causal, anatomy.masked
         if self.drop_distillation:
             if anatomy.distillation is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from benchmarks import (
 from benchmarks.bases import SHAPES
 
 import epitaxy
+from epitaxy.bench.measure import peak_of
 from epitaxy.methods.draws import at_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -149,13 +151,45 @@ def test_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_adapter_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (training,) = results(adapter_training, tmp_path, monkeypatch)["tables"]
-    assert [row["method"] for row in training["rows"]] == [
-        adapter_training.BOUND,
-        *adapter_training.METHODS,
-        "full fine-tuning",
-    ]
+    monkeypatch.setattr(adapter_training, "peak_of", lambda command: {"peak": 100.0 + len(command[3])})
+    training, peak = results(adapter_training, tmp_path, monkeypatch)["tables"]
+    for found in (training, peak):
+        assert [row["method"] for row in found["rows"]] == list(adapter_training.CASES)
     assert training["rows"][0]["bound / step"]["median"] == 1.0
+    bound, full = len(adapter_training.BOUND), len(adapter_training.FULL)
+    least = len(adapter_training.FORWARD)
+    assert peak["rows"][0]["/ full fine-tuning"]["median"] == pytest.approx((bound - least) / (full - least))
+
+
+def test_a_process_of_its_own_tells_its_peak() -> None:
+    forward, full = (
+        peak_of(["-m", "benchmarks.adapter_training", "--quick", "--peak", name])["peak"]
+        for name in (adapter_training.FORWARD, adapter_training.FULL)
+    )
+    assert 5e7 < forward < full * 1.2
+
+
+@pytest.mark.parametrize("name", ["BitFit", "BitFit by hand, in the base"])
+def test_bitfit_by_hand_trains_what_ours_does(name: str) -> None:
+    """One step with AdamW at rest: the gradients of the biases, in the base or as differences to them."""
+    model, inputs = adapter_training.base(quick=True), torch.randn(2, 64, 128)
+    step = adapter_training.prepared(name, model, inputs)
+    seen: dict[str, torch.Tensor] = {}
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            place = re.sub(r"\.epitaxy\.default\.\w+", "", path)
+            parameter.register_hook(lambda gradient, place=place: seen.__setitem__(place, gradient))
+    step()
+    literal = adapter_training.base(quick=True).train()
+    literal(inputs).logits.sum().backward()
+    expected = {
+        path: parameter.grad
+        for path, parameter in literal.named_parameters()
+        if path.endswith(".bias") and not path.startswith("classifier.dense.")
+    }
+    assert seen.keys() == expected.keys()
+    for path, gradient in expected.items():
+        torch.testing.assert_close(seen[path], gradient)
 
 
 def test_the_bound_takes_the_gradient_to_the_first_block_and_of_no_weight() -> None:

@@ -354,3 +354,18 @@ def test_guidance_repeats_the_whole_batch() -> None:
     torch.testing.assert_close(together, torch.cat([once, once]))
     with pytest.raises(StateError, match="expand"):
         Route(["a"], "stretch")
+
+
+def test_a_compiled_model_switches_among_more_adapters_than_torch_keeps_graphs_by_default() -> None:
+    """One graph for each; the limit is torch's, and docs/troubleshooting.md says how to raise it."""
+    model = vit(1)
+    names = [f"a{number}" for number in range(10)]
+    for name in names:
+        for parameter in epitaxy.attach(model, epitaxy.LoRA(rank=2), name=name).parameters():
+            nn.init.normal_(parameter)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
+        for name in [*names, *names]:
+            epitaxy.activate(model, name)
+            torch.testing.assert_close(compiled(PIXELS).logits, model(PIXELS).logits)
+    torch._dynamo.reset()

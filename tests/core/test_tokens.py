@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 import epitaxy
+from epitaxy import Prompt
 from epitaxy.core.edits import Tokens
+from epitaxy.core.errors import UnsupportedError
 
 
 def vit() -> transformers.ViTForImageClassification:
@@ -151,3 +153,55 @@ def test_two_deep_prompts_together() -> None:
             hidden = torch.cat([first[number].expand(2, -1, -1), hidden[:, 2:]], dim=1)
         hidden = layer(hidden)
     torch.testing.assert_close(logits, model.classifier(model.vit.layernorm(hidden[:, 5:])[:, 0]))
+
+
+def mistral(window: int) -> transformers.MistralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.MistralForCausalLM(
+        transformers.MistralConfig(vocab_size=40, num_key_value_heads=2, sliding_window=window, **sizes)
+    ).eval()
+
+
+def padded(left: bool) -> dict[str, Tensor]:
+    """One row of five words and one of three, filled up."""
+    short, real = ([1, 1, 4, 5, 6], [0, 0, 1, 1, 1]) if left else ([4, 5, 6, 1, 1], [1, 1, 1, 0, 0])
+    words, mask = torch.tensor([[4, 5, 6, 7, 8], short]), torch.tensor([[1] * 5, real])
+    return {"input_ids": words, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+
+@pytest.mark.parametrize(("window", "left"), [(4, False), (20, False), (20, True), (8, True)])
+def test_prompts_in_a_sliding_window_are_tokens_in_front(window: int, left: bool) -> None:
+    """As the bare model computes each row alone, with the same tokens before its embedded words."""
+    model, bare = mistral(window), mistral(window)
+    adapter = epitaxy.attach(model, Prompt(tokens=3))
+    (tokens,) = adapter.parameters()
+    nn.init.normal_(tokens)
+    inputs = padded(left)
+    with torch.no_grad():
+        found = model(**inputs).logits
+        for row, mask in enumerate(inputs["attention_mask"].bool()):
+            embedded = bare.get_input_embeddings()(inputs["input_ids"][row][mask])
+            alone = bare(inputs_embeds=torch.cat([tokens[0], embedded])[None]).logits[0, 3:]
+            torch.testing.assert_close(found[row][mask], alone)
+
+
+def test_padding_that_pushes_prompts_out_of_the_window_is_refused() -> None:
+    model = mistral(4)
+    epitaxy.attach(model, Prompt(tokens=3), name="prompted")
+    epitaxy.attach(model, epitaxy.LoRA(), name="plain")
+    epitaxy.activate(model, "prompted")
+    said = "sliding window of 4 take padding at the right, found rows that are padded at the left in a sequence of 8"
+    with pytest.raises(UnsupportedError, match=said):
+        model(**padded(left=True))
+    with epitaxy.route(model, ["prompted", "plain"]):  # the padded row has no prompt
+        model(**padded(left=True))
+    with epitaxy.route(model, ["plain", "prompted"]), pytest.raises(UnsupportedError, match=said):
+        model(**padded(left=True))
+    model(**{**padded(left=True), "attention_mask": torch.ones(2, 5, dtype=torch.long)})
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    epitaxy.activate(model, "prompted")
+    with torch.no_grad():
+        compiled(**padded(left=False))
+        with pytest.raises(RuntimeError, match="sliding window of 4 take padding at the right"):
+            compiled(**padded(left=True))

@@ -180,7 +180,7 @@ def peak_of(code: Sequence[str], environment: Mapping[str, str] | None = None) -
         env={**os.environ, **(environment or {})},
     )
     if result.returncode:
-        raise RuntimeError(f"{' '.join(code)} failed:\n{result.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(code)} failed with {result.returncode}:\n{result.stderr[-2000:]}")
     pairs = (line.split() for line in result.stdout.splitlines())
     return {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2}
 

@@ -235,6 +235,7 @@ class TrunkTokens(_Piece):
             length = embeds.shape[1] + (0 if prefilling else past.get_seq_length() - count)  # type: ignore[union-attr]
             mask = torch.ones(embeds.shape[0], length, dtype=torch.long, device=embeds.device)
         if mask is not None:
+            _require_close(host, mask, keep, count)
             seen = torch.ones_like(mask[:, :1]).expand(-1, count) if keep is None else keep.to(mask.dtype)
             kwargs["attention_mask"] = torch.cat([seen, mask], dim=1)
         kwargs["position_ids"] = _positions(kwargs.get("position_ids"), keep, count, embeds, past, prefilling)
@@ -279,6 +280,29 @@ def _positions(
     else:
         own = (keep.long().cumsum(1) - 1).clamp_min(0)
     return torch.cat([own, text], dim=1)
+
+
+def _require_close(host: nn.Module, mask: Tensor, keep: Tensor | None, count: int) -> None:
+    """Raise where padding between a row's tokens and its text would push the tokens out of a sliding window.
+
+    Windows are counted in places of the sequence, padding included; the model itself pads before everything.
+    """
+    config = getattr(host, "config", None)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if not isinstance(window, int) or mask.shape[1] + count <= window or (kinds and "sliding_attention" not in kinds):
+        return
+    apart = mask[:, 0] == 0
+    if keep is not None:
+        apart = apart & keep.any(dim=1)
+    fault = (
+        f"prompts on a model with a sliding window of {window} take padding at the right, found rows that are padded "
+        f"at the left in a sequence of {mask.shape[1] + count}; pad at the right, or give rows of one length"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(~apart.any(), fault)
+    elif bool(apart.any()):
+        raise UnsupportedError(fault)
 
 
 def owners(group: Mapping[int, Edit]) -> dict[int, Tokens]:

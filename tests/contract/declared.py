@@ -172,7 +172,7 @@ DECLARED = (
     ),
     Limit(
         "prompt*",
-        "plain",
+        "plain timm",
         "route_base",
         "a row without prompts beside rows with some needs a mask, which this model cannot take",
         says="different numbers of prompt tokens",

@@ -343,3 +343,30 @@ def test_a_mirror_that_calls_the_test_split_validation(tmp_path: Path) -> None:
     assert splits.classes == ("pho", "apple_pie")
     with pytest.raises(EpitaxyError, match=r"data.source: fgvc is read from a folder"):
         load(tmp_path / "saved", "fgvc", task="cub")
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "file", "more"),
+    [
+        (trees.vtab, "vtab", "cifar/test.txt", {"task": "cifar"}),
+        (trees.aircraft, "aircraft", "data/images_variant_test.txt", {}),
+        (trees.food101, "food101", "meta/test.txt", {}),
+        (trees.fgvc, "fgvc", "test.json", {"task": "cub"}),
+    ],
+)
+def test_a_wrong_line_can_be_left_out(
+    tmp_path: Path, make: Callable[[Path], Path], kind: str, file: str, more: dict[str, Any]
+) -> None:
+    root = make(tmp_path / "set")
+    whole = len(load(root, kind, **more).test)
+    text = (root / file).read_text()
+    if file.endswith(".json"):
+        (root / file).write_text(text.replace("}", ', "odd.jpg": "no number"}'))
+    else:
+        (root / file).write_text(text + "nonsense\n")
+    with pytest.raises(FormatError, match=r"nonsense|odd.jpg"):
+        load(root, kind, **more)
+    splits = load(root, kind, on_bad="skip", **more)
+    assert len(splits.test) == whole
+    assert len(splits.skipped) == 1
+    assert file in splits.skipped[0][0]

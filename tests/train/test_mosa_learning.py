@@ -1,18 +1,18 @@
 """What MoSA learns on a real task with a really pretrained base: acceptance tests 16 and 17.
 
-The shipped reference ViT, frozen, at the 48 pixels it was trained at; the shipped handwritten digits, 500 to train on.
-All rows have the same steps and the same learning rate, five seeds each, and a seed means the same start and the same
-order of pictures in every row.  The parts of the same trained MoSA are merged by their mean and by their union.
+The shipped reference ViT, frozen, at the 48 pixels it was trained at; ten pictures of each class of the shipped emoji,
+drawn anew for every seed.  All rows have the same steps, five seeds each, and a learning rate from one list, the better
+on validation with the first seed.  A seed means the same pictures in the same order and the same start in every row.
+The parts of the same trained MoSA are merged by their mean and by their union.
 
-Gates: MoSA far above the linear probe; non-inferior to the dense adapter by the margin of 3 points that the
-specification allows on digits; the union, N times the change that training expects, below the mean.  The controls
-print beside it: part of what MoSA gains may come from the two passes.
+Gates: MoSA far above the linear probe; non-inferior to the dense adapter by a margin of one point; the union, N times
+the change that training expects, below the mean.  The controls print beside it: part of what MoSA gains may come from
+the two passes.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,15 +32,15 @@ pytestmark = pytest.mark.slow
 
 SEEDS = (0, 1, 2, 3, 4)
 CONFIG = TrainConfig(
-    steps=400,
+    steps=300,
     batch=8,
-    learning_rate=1e-2,
     warmup=0.1,
-    evaluate_every=400,
+    evaluate_every=300,
     evaluation_batch=100,
     keep_best=False,
 )
-MARGIN = 3.0  # points that MoSA may be below the dense adapter
+RATES = (3e-3, 1e-2)
+MARGIN = 1.0  # points that MoSA may be below the dense adapter
 FAR = 3.0  # points that MoSA must be above the linear probe
 DENSE = Bottleneck(bottleneck=16, activation="gelu", dropout=0.1)
 PARTS = MoSA(bottleneck=16, parts=4, scale=1.0, dropout=0.1)
@@ -76,8 +76,8 @@ def _test(task: Classification, model: torch.nn.Module, splits: Splits) -> float
     return 100 * task.evaluate(model, splits.test, 100).accuracy
 
 
-def _run(row: str, seed: int, base: Path, splits: Splits, out: Path) -> Iterator[tuple[str, float]]:
-    """Train one row with one seed; MoSA gives a second score, that of the union of its parts."""
+def _run(row: str, seed: int, rate: float, base: Path, splits: Splits, out: Path) -> tuple[float, dict[str, float]]:
+    """Train one row with one seed; its validation score and its test score, of MoSA also the union of its parts."""
     method, objective = ROWS[row]
     if isinstance(method, MoSA):
         method = replace(method, seed=seed)
@@ -85,37 +85,45 @@ def _run(row: str, seed: int, base: Path, splits: Splits, out: Path) -> Iterator
     opened = open_classifier(str(base), splits.classes)
     model, task = opened.model, Classification(opened, splits.classes)
     adapter = attach(model, Head() if method is None else method + Head(), "one")
-    config = replace(CONFIG, seed=seed)
-    train(model, adapter, task, splits.train, splits.validation, config, out, objective, progress=False)
-    yield row, _test(task, model, splits)
+    config = replace(CONFIG, seed=seed, learning_rate=rate)
+    data = (splits.train, splits.validation)
+    result = train(model, adapter, task, *data, config, out, objective, progress=False)
+    validated = next(line["validation_accuracy"] for line in result.history if "validation_accuracy" in line)
+    found = {row: _test(task, model, splits)}
     if isinstance(method, MoSA):
         trained = {name: tensor.clone() for name, tensor in adapter.tensors().items()}
         detach(model, "one")
         union = attach(model, replace(method, merge="union") + Head(), "one")
-        found = union.tensors()
-        assert found.keys() == trained.keys()
+        fresh = union.tensors()
+        assert fresh.keys() == trained.keys()
         with torch.no_grad():
-            for name, tensor in found.items():
+            for name, tensor in fresh.items():
                 tensor.copy_(trained[name])
-        yield UNION, _test(task, model.eval(), splits)
+        found[UNION] = _test(task, model.eval(), splits)
+    return validated, found
 
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
     folder = tmp_path_factory.mktemp("learning")
     write(folder / "base")
-    splits = load_splits(DataSpec("builtin:digits", limit_evaluation_per_class=50))
+    data = [load_splits(DataSpec("builtin:emoji-unseen", shots=10, shots_seed=seed)) for seed in SEEDS]
     found: dict[str, list[float]] = {row: [] for row in (*ROWS, UNION)}
-    for seed in SEEDS:
-        for row in ROWS:
-            for name, score in _run(row, seed, folder / "base", splits, folder / f"{row}-{seed}"):
+    for row in ROWS:
+        tried = {rate: _run(row, SEEDS[0], rate, folder / "base", data[0], folder / f"{row}-{rate}") for rate in RATES}
+        rate = max(RATES, key=lambda one: tried[one][0])
+        runs = [tried[rate]]
+        for seed, splits in zip(SEEDS[1:], data[1:], strict=True):
+            runs.append(_run(row, seed, rate, folder / "base", splits, folder / f"{row}-{seed}"))
+        for _, scores_of in runs:
+            for name, score in scores_of.items():
                 found[name].append(score)
     return Scores(found)
 
 
 def test_mosa_learns_as_a_dense_adapter_does(scores: Scores, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
-        print(f"\n500 digits, test accuracy in percent over {len(SEEDS)} seeds\n{scores}")
+        print(f"\nTen pictures of each of ten things, test accuracy in percent over {len(SEEDS)} seeds\n{scores}")
     above, error = scores.minus("MoSA + KL", "linear probe")
     assert above > FAR
     assert above > 3 * error

@@ -25,6 +25,7 @@ from epitaxy.train.prepare import prepare
 from epitaxy.train.recipe import Recipe, RecipeError, from_dict
 from epitaxy.train.recipe_files import change
 from epitaxy.train.run import run
+from tests.cli.conftest import Epitaxy, epitaxy  # noqa: F401  (a fixture)
 from tests.data import image_trees as trees
 from tests.tasks.bases import save_vit
 
@@ -191,3 +192,23 @@ def test_the_union_tells_the_accuracy_of_every_set(tmp_path: Path) -> None:
     assert groups["dogs"]["accuracy"] == pytest.approx(sum(dogs) / 6)
     build_report(tmp_path / "run")
     assert "nabirds" in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_merged_model_prepares_pictures_as_the_adapter_did(
+    pictures: Path,
+    tmp_path: Path,
+    epitaxy: Epitaxy,  # noqa: F811
+) -> None:
+    base = save_vit(tmp_path / "vit", ["green", "red"])
+    run(recipe(base, pictures, tmp_path / "run", IMAGE), progress=False)
+    merged = epitaxy("merge", base, tmp_path / "run", "--out", tmp_path / "merged")
+    assert merged.code == 0, merged.err
+    files = sorted(pictures.rglob("*.png"))[:5]
+    for one, other in zip(
+        open_predictor(tmp_path / "run").predict(files, None),
+        open_predictor(tmp_path / "merged").predict(files, None),
+        strict=True,
+    ):
+        assert isinstance(one, Prediction)
+        assert isinstance(other, Prediction)
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)

@@ -228,11 +228,16 @@ class FakeAccelerator:
         class Scaled:
             param_groups, zero_grad = optimizer.param_groups, optimizer.zero_grad
 
+            def __init__(self) -> None:
+                self.optimizer = optimizer
+
             def step(self) -> None:
                 scaler.step(optimizer)
                 scaler.update()
 
-        return Scaled()
+        scaled: Any = Scaled()
+        scaled.optimizer = optimizer
+        return scaled
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

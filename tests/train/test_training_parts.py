@@ -37,7 +37,8 @@ KINDS: dict[str, Any] = {
     "out_slice": MoSA(bottleneck=6, parts=3, partition="out_slice", scale=1.0),
     "rank_slice": MoSA(bottleneck=7, parts=3, partition="rank_slice", scale=1.0),
     "by row": MoSA(bottleneck=6, parts=3, draw="row", scale=1.0),
-    "lora": MoSALoRA(rank=6, parts=3),
+    "coefficients": MoSA(bottleneck=6, parts=3, coefficients=True, scale=1.0),
+    "lora": MoSALoRA(rank=6, parts=3, partition="rank_slice", coefficients=True),
 }
 
 

@@ -139,9 +139,9 @@ class Pool:
 
     ``declared`` are the classes the source lists itself, in its order; ``empty`` the class folders without a file;
     ``missing`` (name, reason) of files that the source names and does not hold, and of lines to be left out.  With
-    ``settled`` the splits and the classes are exactly those of the rows and of ``declared``: no validation data are cut where there are none, and
-    classes stay that a small training split lacks.  ``thinned``: the source itself gave the rows of ``data.fraction``.
-    ``groups`` names for each class the set it came from, where several were joined.
+    ``settled`` the splits and the classes are exactly those of the rows and of ``declared``: no validation data are
+    cut where there are none, and classes stay that a small training split lacks.  ``thinned``: the source itself gave
+    the rows of ``data.fraction``.  ``groups`` names for each class the set it came from, where several were joined.
     """
 
     rows: list[Row]

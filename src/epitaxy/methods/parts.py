@@ -8,6 +8,7 @@ coefficient for each part are the mixture of low-rank experts of MLAE (2024).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -181,6 +182,12 @@ class Parts(nn.Module):
         assert draw.chosen is not None
         index = self.begin[draw.chosen].unsqueeze(1) + torch.arange(self.length, device=self.begin.device)
         return index, None if self.valid is None else self.valid[draw.chosen]
+
+    def in_parts(self) -> Iterator[tuple[str, nn.Parameter, Tensor, Tensor]]:
+        """Of its own parameters: each coefficient belongs to its part (``partition.split_parameters``)."""
+        if self.coefficients is not None:
+            number = torch.arange(self.rule.parts, dtype=torch.uint8, device=self.used.device)
+            yield "coefficients", self.coefficients, number, self.used
 
     def extra_repr(self) -> str:
         return f"{self.rule.parts} parts, {self.rule.active} active by {self.rule.draw}"

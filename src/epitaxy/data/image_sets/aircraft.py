@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from epitaxy.core.errors import FormatError
 from epitaxy.data.image_sets.official import Official, settle
-from epitaxy.data.layout import add, rooted, text_of
+from epitaxy.data.layout import add, rooted, text_of, usable
 from epitaxy.data.spec import DataSpec, Pool
 from epitaxy.data.stored import Tree
 
@@ -27,13 +27,14 @@ def read_aircraft(tree: Tree, spec: DataSpec) -> Pool:
     seen: dict[str, str] = {}
     variants: dict[str, str] = {}
     for split, file in LISTS.items():
-        for where, picture, variant in _lines(tree, file):
-            if picture in seen:
-                raise FormatError(f"{where}: {picture} is named already in {seen[picture]}")
-            seen[picture], variants[picture] = where, variant
-            add(pool, tree, f"images/{picture}.jpg", variant, split)
-    if BOTH in tree.files:
-        for where, picture, variant in _lines(tree, BOTH):
+        for where, picture, variant in _lines(tree, file, pool, spec):
+            with usable(pool, spec, where):
+                if picture in seen:
+                    raise FormatError(f"{where}: {picture} is named already in {seen[picture]}")
+                seen[picture], variants[picture] = where, variant
+                add(pool, tree, f"images/{picture}.jpg", variant, split)
+    if BOTH in tree.files and spec.on_bad == "error":
+        for where, picture, variant in _lines(tree, BOTH, pool, spec):
             if variants.get(picture) != variant or LISTS["test"] in seen.get(picture, ""):
                 raise FormatError(
                     f"{where}: {picture} {variant} is neither in {LISTS['train']} nor in {LISTS['validation']}"
@@ -41,7 +42,7 @@ def read_aircraft(tree: Tree, spec: DataSpec) -> Pool:
     return settle(pool, spec, AIRCRAFT, tree.root)
 
 
-def _lines(tree: Tree, file: str) -> list[tuple[str, str, str]]:
+def _lines(tree: Tree, file: str, pool: Pool, spec: DataSpec) -> list[tuple[str, str, str]]:
     """(How messages call the line, id of the picture, variant)."""
     found = []
     for number, line in enumerate(text_of(tree, file).splitlines(), start=1):
@@ -49,7 +50,8 @@ def _lines(tree: Tree, file: str) -> list[tuple[str, str, str]]:
             continue
         where = f"{tree.root}/{file}:{number}"
         picture, _, variant = line.strip().partition(" ")
-        if not variant.strip():
-            raise FormatError(f"{where}: expected an id, a blank and a variant, found {line.strip()!r}")
-        found.append((where, picture, variant.strip()))
+        with usable(pool, spec, where):
+            if not variant.strip():
+                raise FormatError(f"{where}: expected an id, a blank and a variant, found {line.strip()!r}")
+            found.append((where, picture, variant.strip()))
     return found

@@ -17,7 +17,7 @@ from typing import Any
 
 from epitaxy.core.errors import FormatError
 from epitaxy.data.image_sets.official import protocol_of, task_of
-from epitaxy.data.layout import add, disjoint, rooted, text_of, verify
+from epitaxy.data.layout import add, disjoint, rooted, text_of, usable, verify
 from epitaxy.data.spec import FINAL, SELECT, DataSpec, Pool
 from epitaxy.data.stored import Tree
 
@@ -99,14 +99,14 @@ def _has_share(tree: Tree, spec: DataSpec) -> bool:
 def _read_set(pool: Pool, tree: Tree, spec: DataSpec, name: str, prefix: str) -> list[str]:
     """Add the rows of a set to ``pool``; returns the names of its classes in order."""
     protocol = spec.protocol or SELECT
-    found = {split: _entries(tree, file) for split, file in FILES.items()}
+    found = {split: _entries(tree, file, pool, spec) for split, file in FILES.items()}
     _verify(pool, tree, spec, name, found)
     numbers = sorted({number for entries in found.values() for number in entries.values()})
     _agree(pool, tree, spec, found)
     disjoint(pool, tree, spec, "picture", {FILES[split]: {key: key for key in found[split]} for split in found})
     if pool.thinned:
         file = _share_file(spec)
-        share = _entries(tree, file)
+        share = _entries(tree, file, pool, spec)
         for key, number in share.items():
             if found["train"].get(key) != number:
                 raise FormatError(f"{tree.root}/{file}: {key!r} of class {number} is not in {FILES['train']}")
@@ -119,7 +119,7 @@ def _read_set(pool: Pool, tree: Tree, spec: DataSpec, name: str, prefix: str) ->
     return [f"{prefix}{number}" for number in numbers]
 
 
-def _entries(tree: Tree, file: str) -> dict[str, int]:
+def _entries(tree: Tree, file: str, pool: Pool, spec: DataSpec) -> dict[str, int]:
     """A file of a split: names of pictures and class numbers."""
     where = f"{tree.root}/{file}"
 
@@ -137,7 +137,11 @@ def _entries(tree: Tree, file: str) -> dict[str, int]:
         raise FormatError(f"{where}: not readable as JSON ({error})") from None
     if not isinstance(values, dict) or not values:
         raise FormatError(f"{where}: expected a mapping of file names to class numbers")
-    return {key: _number(where, key, value) for key, value in values.items()}
+    found: dict[str, int] = {}
+    for key, value in values.items():
+        with usable(pool, spec, f"{where}: {key!r}"):
+            found[key] = _number(where, key, value)
+    return found
 
 
 def _number(where: str, key: str, value: Any) -> int:

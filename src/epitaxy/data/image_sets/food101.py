@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from epitaxy.core.errors import FormatError
 from epitaxy.data.image_sets.official import Official, settle
-from epitaxy.data.layout import add, rooted, text_of
+from epitaxy.data.layout import add, rooted, text_of, usable
 from epitaxy.data.spec import DataSpec, Pool
 from epitaxy.data.stored import Tree
 
@@ -26,13 +26,14 @@ def read_food101(tree: Tree, spec: DataSpec) -> Pool:
     seen: dict[str, str] = {}
     for split in FOOD101.counts:
         for where, name in _names(tree, f"meta/{split}.{suffix}"):
-            dish, slash, picture = name.partition("/")
-            if not slash or not dish or not picture or "/" in picture:
-                raise FormatError(f"{where}: expected class/id, found {name!r}")
-            if name in seen:
-                raise FormatError(f"{where}: {name} is named already in {seen[name]}")
-            seen[name] = where
-            add(pool, tree, f"images/{name}.jpg", dish, split)
+            with usable(pool, spec, where):
+                dish, slash, picture = name.partition("/")
+                if not slash or not dish or not picture or "/" in picture:
+                    raise FormatError(f"{where}: expected class/id, found {name!r}")
+                if name in seen:
+                    raise FormatError(f"{where}: {name} is named already in {seen[name]}")
+                seen[name] = where
+                add(pool, tree, f"images/{name}.jpg", dish, split)
     return settle(pool, spec, FOOD101, tree.root)
 
 

@@ -11,13 +11,12 @@ may hold blanks, so the last one divides.  ``data.task`` names the task; the pro
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from epitaxy.core.errors import FormatError
 from epitaxy.data.hub import read_hub
 from epitaxy.data.image_sets.official import protocol_of, task_of
-from epitaxy.data.layout import add, rooted, text_of, verify
+from epitaxy.data.layout import add, rooted, text_of, usable, verify
 from epitaxy.data.spec import FINAL, SELECT, DataSpec, Pool, natural_order
 from epitaxy.data.stored import Tree
 
@@ -70,15 +69,16 @@ def read_vtab(tree: Tree, spec: DataSpec) -> Pool:
         file = f"{part}.txt"
         if part not in USED[protocol] and file not in tree.files:
             continue
-        lines = list(_lines(tree, file))
+        lines = _lines(tree, file, pool, spec)
         labels[part] = Counter(label for _, _, label in lines)
         if part not in USED[protocol]:
             continue
         for where, path, label in lines:
-            if path in seen:
-                raise FormatError(f"{where}: {path} is named already in {seen[path]}")
-            seen[path] = where
-            add(pool, tree, path, label, USED[protocol][part])
+            with usable(pool, spec, where):
+                if path in seen:
+                    raise FormatError(f"{where}: {path} is named already in {seen[path]}")
+                seen[path] = where
+                add(pool, tree, path, label, USED[protocol][part])
     _verify(pool, tree, spec, name, labels)
     pool.declared, pool.settled = natural_order({label for part in labels.values() for label in part}), True
     if protocol == FINAL:
@@ -127,16 +127,19 @@ def _own(tree: Tree, name: str) -> Tree:
     return rooted(tree, f"{TEST}.txt", f"{TITLE} {name}")
 
 
-def _lines(tree: Tree, file: str) -> Iterator[tuple[str, str, str]]:
+def _lines(tree: Tree, file: str, pool: Pool, spec: DataSpec) -> list[tuple[str, str, str]]:
     """(How messages call the line, path, label) of a list."""
+    found = []
     for number, line in enumerate(text_of(tree, file).splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{tree.root}/{file}:{number}"
         parts = line.strip().rsplit(maxsplit=1)
-        if len(parts) != 2 or not parts[1].isdigit():
-            raise FormatError(f"{where}: expected a path, a blank and a whole number, found {line.strip()!r}")
-        yield where, parts[0], str(int(parts[1]))
+        with usable(pool, spec, where):
+            if len(parts) != 2 or not parts[1].isdigit():
+                raise FormatError(f"{where}: expected a path, a blank and a whole number, found {line.strip()!r}")
+            found.append((where, parts[0], str(int(parts[1]))))
+    return found
 
 
 def _verify(pool: Pool, tree: Tree, spec: DataSpec, name: str, labels: dict[str, Counter[str]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from epitaxy import Head, LoRA, TwoPass, attach
+from epitaxy.bench.measure import most_kept
 from epitaxy.core.errors import EpitaxyError, UnsupportedError
 from epitaxy.methods.draws import at_step, clocks
 from epitaxy.tasks import batch_rows
@@ -210,51 +210,18 @@ def test_gradient_checkpointing_changes_nothing(form: Any, reentrant: bool) -> N
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
-class Live:
-    """Counts the bytes that autograd holds for backward passes, and the most it held at once; weights do not count."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.now = self.peak = 0
-        self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._held: dict[int, int] = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
-
-    def _pack(self, tensor: Tensor) -> Any:
-        held = _Held(tensor)
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._weights:
-            key, size = storage.data_ptr(), storage.nbytes()
-            self._held[key] = self._held.get(key, 0) + 1
-            if self._held[key] == 1:
-                self.now += size
-                self.peak = max(self.peak, self.now)
-            weakref.finalize(held, self._release, key, size)
-        return held
-
-    def _release(self, key: int, size: int) -> None:
-        self._held[key] -= 1
-        if not self._held[key]:
-            self.now -= size
-
-
-class _Held:
-    """What autograd keeps in place of a tensor."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 def held_by(objective: TwoPass | None, model: nn.Module, batch: Any) -> int:
     """The most bytes held for backward passes in one step."""
-    live = Live(model)
-    with live.hooks:
+
+    def step() -> None:
         if objective is None:
             TASK.criterion(TASK.logits(model, batch), batch).backward()
         else:
             objective.backward(model, batch, TASK)
+
+    held = most_kept(step, model)
     model.zero_grad()
-    assert live.now == 0, "everything is let go of in the end"
-    return live.peak
+    return held
 
 
 def test_the_decoupled_form_holds_the_activations_of_one_pass() -> None:

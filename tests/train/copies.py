@@ -74,6 +74,15 @@ class Copies(nn.Module):
             if weight.grad is not None:
                 weight.grad *= self.owners == part
 
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The mean of the copies, and of their biases."""
+        weight, bias = (torch.stack(list(held)).mean(0) for held in (self.weights, self.biases))
+        layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+        return layer
+
 
 class SplitBranch(nn.Module):
     """``x + scale * up(gelu(down(norm(x))))``, averaged over tokens, and a head on it."""

@@ -166,13 +166,24 @@ def cells_of(
     ``only`` holds names of rows, of columns, or ``ROW/COLUMN``, with ``*`` for anything.  An override is ``key=value``
     for every cell or ``SCOPE:key=value`` with a scope written like an entry of ``only``.
     """
-    pairs = [(row, column) for column in grid.columns for row in grid.rows if not _exception(grid, row, column)[0]]
     scoped = [_scoped(text) for text in overrides]
-    for pattern in [*only, *(scope for scope, _ in scoped if scope)]:
+    _matching(file, grid, [scope for scope, _ in scoped if scope])
+    return [_cell(file, grid, row, column, scoped, out or grid.out) for row, column in _matching(file, grid, only)]
+
+
+def chosen_of(file: Path, grid: Grid, cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """Those of all ``cells`` of a grid that ``only`` leaves, written as for ``cells_of``."""
+    pairs = set(_matching(file, grid, only))
+    return [cell for cell in cells if (cell.row, cell.column) in pairs]
+
+
+def _matching(file: Path, grid: Grid, patterns: Sequence[str]) -> list[tuple[str, str]]:
+    """(row, column) of every cell that a pattern names, of all where there is none; raises for one that names none."""
+    pairs = [(row, column) for column in grid.columns for row in grid.rows if not _exception(grid, row, column)[0]]
+    for pattern in patterns:
         if not any(_matches(pattern, *pair) for pair in pairs):
             raise RecipeError(f"{file}: no cell is called {pattern!r}{nearest(pattern, [*grid.rows, *grid.columns])}")
-    chosen = [pair for pair in pairs if not only or any(_matches(pattern, *pair) for pattern in only)]
-    return [_cell(file, grid, row, column, scoped, out or grid.out) for row, column in chosen]
+    return [pair for pair in pairs if not patterns or any(_matches(pattern, *pair) for pattern in patterns)]
 
 
 def _cell(file: Path, grid: Grid, row: str, column: str, scoped: Sequence[tuple[str, str]], out: Path) -> Cell:

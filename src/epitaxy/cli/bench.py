@@ -50,15 +50,16 @@ def command(
     value is first tried on validation data, and the best one makes the runs.  The same command again skips what is
     finished and resumes what was interrupted.  The directory gets grid.json, grid.md and grid.html.
     """
-    from epitaxy.bench.grid import cells_of, load_grid
+    from epitaxy.bench.grid import cells_of, chosen_of, load_grid
 
     file, loaded = load_grid(grid)
     place = out or loaded.out
-    cells = cells_of(file, loaded, only or (), overrides or (), place)
+    everything = cells_of(file, loaded, (), overrides or (), place)
+    cells = chosen_of(file, loaded, everything, only or ())
     if dry_run:
         _list(cells, probe, json)
         return
-    _carry_out(file, loaded, cells, cells_of(file, loaded, (), overrides or (), place), place, stop, json)
+    _carry_out(file, loaded, cells, everything, place, stop, json)
 
 
 def _carry_out(

@@ -44,7 +44,7 @@ def command(
     from epitaxy.core.storage import require_free
     from epitaxy.interop import inspect, load, save
     from epitaxy.interop.timm import save_timm
-    from epitaxy.train.hearing import FRONT_END
+    from epitaxy.train.front_ends import FRONT_END
     from epitaxy.train.saving import save_model, weight_bytes
 
     if parts and fold:

@@ -55,7 +55,7 @@ def open_base(source: str, contents: Contents) -> Base:
 
     Files of other programs name no classes; one with a head for so many tells how many the classifier needs.
     """
-    from epitaxy.train.hearing import front_end_for, open_for, stored_spec
+    from epitaxy.train.front_ends import front_end_for, open_for, stored_spec
     from epitaxy.train.seeing import processor_of
 
     classes = classes_of(contents) or _numbered(contents)

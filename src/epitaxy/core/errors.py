@@ -39,6 +39,12 @@ def expect_dropout(value: float) -> None:
         raise EpitaxyError(f"dropout must be from 0 to below 1, got {value}")
 
 
+def meant(word: str, known: Iterable[str]) -> str:
+    """As ``nearest`` where a known word is close, and nothing where none is: for messages that list them anyway."""
+    hint = nearest(word, known)
+    return hint if "did you mean" in hint else ""
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """Return ``"; did you mean a, b?"`` for the known words closest to ``word``, or their list when none is close."""
     choices = list(known)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from epitaxy.core.adapter import Adapter
 from epitaxy.core.errors import EpitaxyError, FormatError, StateError, nearest
 from epitaxy.core.fingerprint import check_base, fingerprint
-from epitaxy.core.host import attach, detach, hosted, require, unwrap
+from epitaxy.core.host import attach, detach, hosted, require, require_one, unwrap
 from epitaxy.core.layouts import Layout
 from epitaxy.core.registry import from_config
 from epitaxy.core.storage import read_shapes, read_tensors, write_atomically
@@ -110,12 +110,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     What is written is read back and compared before this returns.  With FSDP every rank calls this and the first one
     writes.  Returns the directory.
     """
-    target, record = Path(path), require(model)
-    if name is None:
-        if len(record.adapters) != 1:
-            raise StateError(f"say which adapter to save: {', '.join(record.adapters)}")
-        name = next(iter(record.adapters))
-    require(model, name)
+    target = Path(path)
+    record, name = require_one(model, name, "save")
     entry = format_named(format)
     if entry.write is None:
         raise EpitaxyError(f"format {format!r} can be read but not written")

@@ -25,7 +25,7 @@ from epitaxy.core.edits import Branch, Edit, Replace
 from epitaxy.core.errors import StateError, UnsupportedError
 from epitaxy.core.feed_forward import FeedForward, feed_forwards, random_stream
 from epitaxy.core.hidden_units import ACTIVATIONS, HiddenUnits, OffersHiddenUnits
-from epitaxy.core.host import activate, detach, require, unwrap
+from epitaxy.core.host import activate, detach, require, require_one, unwrap
 from epitaxy.core.merge import TOLERANCES, refuse_tied, write
 from epitaxy.core.registry import methods_in
 from epitaxy.core.wider import Width, widened
@@ -51,12 +51,7 @@ def fold(model: nn.Module, name: str | None = None) -> nn.Module:
     neither merges nor folds.
     """
     model = unwrap(model)
-    record = require(model)
-    if name is None:
-        if len(record.adapters) != 1:
-            raise StateError(f"say which adapter to fold: {', '.join(record.adapters)}")
-        name = next(iter(record.adapters))
-    require(model, name)
+    record, name = require_one(model, name, "fold")
     if name in record.state.merged:
         raise StateError(f"adapter {name!r} is merged already; unmerge it to fold it")
     for key, tensor in record.adapters[name].tensors().items():

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import is_fused
 from epitaxy.core.attention import with_extra_keys
 from epitaxy.core.edits.kv import JointKV
 from epitaxy.core.edits.tokens import KeyMask
+from epitaxy.core.kinds import is_fused
 from epitaxy.core.slot import Slot
 
 METHOD = "torch_multi_head_self_attention"

@@ -80,6 +80,19 @@ def require(model: nn.Module, name: str | None = None) -> Hosted:
     return record
 
 
+def require_one(model: nn.Module, name: str | None, doing: str) -> tuple[Hosted, str]:
+    """The record of ``model`` and the adapter meant: ``name``, or the only one there is.
+
+    Raises ``StateError`` where it does not exist, or where None leaves open which one is to be ``doing`` ("merge").
+    """
+    record = require(model, name)
+    if name is None:
+        if len(record.adapters) != 1:
+            raise StateError(f"say which adapter to {doing}: {', '.join(record.adapters)}")
+        name = next(iter(record.adapters))
+    return record, name
+
+
 def _require_known(record: Hosted, name: Any) -> None:
     if not isinstance(name, str):
         raise StateError(f"adapters are named by strings, got {name!r}")

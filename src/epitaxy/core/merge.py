@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from epitaxy.core.adapter import Adapter
 from epitaxy.core.edits import Edit
 from epitaxy.core.errors import StateError, UnsupportedError
-from epitaxy.core.host import activate, require, unwrap
+from epitaxy.core.host import activate, require, require_one, unwrap
 from epitaxy.core.registry import methods_in
 from epitaxy.core.sites import width_in
 
@@ -51,12 +51,7 @@ def merge(
     beyond ``tolerance`` (by default according to the base's precision) undoes the merge and raises.
     """
     model = unwrap(model)
-    record = require(model)
-    if name is None:
-        if len(record.adapters) != 1:
-            raise StateError(f"say which adapter to merge: {', '.join(record.adapters)}")
-        name = next(iter(record.adapters))
-    require(model, name)
+    record, name = require_one(model, name, "merge")
     if name in record.state.merged:
         raise StateError(f"adapter {name!r} is merged already")
     for key, tensor in record.adapters[name].tensors().items():

@@ -9,18 +9,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from epitaxy.core.anatomy import (
-    TYPE_ROLES,
-    Anatomy,
-    Spot,
-    base_modules,
-    is_bypassed,
-    is_linear,
-    is_norm,
-    linear_sizes,
-    weight_of,
-)
+from epitaxy.core.anatomy import TYPE_ROLES, Anatomy, Spot, base_modules
 from epitaxy.core.errors import SiteError, UnsupportedError, nearest
+from epitaxy.core.kinds import is_bypassed, is_linear, is_norm, linear_sizes, weight_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from epitaxy.core.errors import FormatError, nearest
+from epitaxy.core.errors import FormatError, meant
 from epitaxy.data import audio_sets, image_sets
 from epitaxy.data.audio.sound import Sound
 from epitaxy.data.audio.waveform import Mono
@@ -184,8 +184,8 @@ def _read(spec: DataSpec) -> Pool:
     if not path.exists():
         if spec.kind == "auto" and not _looks_like_path(spec.source):
             return read_hub(spec)
-        near = nearest(path.name, [item.name for item in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise FormatError(f"{spec.source}: no such file or folder{near if 'did you mean' in near else ''}")
+        near = meant(path.name, [item.name for item in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise FormatError(f"{spec.source}: no such file or folder{near}")
     if spec.kind in READERS:
         if path.is_file() and path.suffix != ".zip":
             raise FormatError(f"{spec.source}: expected the folder of the data set, or a .zip of it")

@@ -23,9 +23,10 @@ from epitaxy.core.host import attach, detach, hosted, unwrap
 from epitaxy.core.registry import Composition, to_config
 from epitaxy.interop.ast_petl_base import base_names, base_tensors, compare, trained_side
 from epitaxy.interop.ast_petl_names import COUNTER, ENTRIES, HEAD, Published, Side, links
-from epitaxy.interop.ast_petl_state import FILE, Stored, entry_of, read_state, short, sort, state_file, state_shapes
+from epitaxy.interop.ast_petl_state import FILE, Stored, entry_of, short, sort, state_file, state_shapes
 from epitaxy.interop.ast_petl_write import official, write
 from epitaxy.interop.places import where
+from epitaxy.interop.state_dicts import read_state
 from epitaxy.methods.bitfit import BitFit
 from epitaxy.methods.head import Head
 from epitaxy.methods.norm_tuning import NormTuning

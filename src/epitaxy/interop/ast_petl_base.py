@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import Anatomy, base_modules, is_norm
+from epitaxy.core.anatomy import Anatomy, base_modules
 from epitaxy.core.errors import FormatError, nearest
+from epitaxy.core.kinds import is_norm
 from epitaxy.interop.ast_petl_names import Side
 from epitaxy.interop.ast_petl_state import Stored
 from epitaxy.interop.peft_config import base_value

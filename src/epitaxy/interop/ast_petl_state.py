@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +11,9 @@ import torch
 from torch import Tensor
 
 from epitaxy.core.errors import FormatError
-from epitaxy.core.storage import read_shapes, read_tensors
+from epitaxy.core.storage import read_shapes
 from epitaxy.interop.ast_petl_names import COUNTER, ENTRIES, HEAD, LAYER, PREFIXES, Style
+from epitaxy.interop.state_dicts import read_state
 
 FILE = "ast_petl.pt"
 
@@ -40,22 +39,6 @@ def state_shapes(file: Path) -> Mapping[str, tuple[int, ...]]:
     if file.suffix == ".safetensors":
         return read_shapes(file)[0]
     return {key: tuple(value.shape) for key, value in read_state(file).items()}
-
-
-def read_state(file: Path) -> Mapping[str, Tensor]:
-    """The tensors of ``file``; pickles may hold plain tensors and nothing else."""
-    if file.suffix == ".safetensors":
-        return read_tensors(file)[0]
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"{file}: not a readable file of plain tensors ({reason})") from None
-    if not isinstance(content, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
-        raise FormatError(f"{file}: expected a mapping of names to tensors")
-    return content
 
 
 def short(key: str) -> str:
@@ -99,4 +82,4 @@ def sort(tensors: Mapping[str, Tensor], file: Path) -> Stored:
     return stored
 
 
-__all__ = ["FILE", "Stored", "entry_of", "read_state", "short", "sort", "state_file", "state_shapes"]
+__all__ = ["FILE", "Stored", "entry_of", "short", "sort", "state_file", "state_shapes"]

@@ -17,8 +17,9 @@ from epitaxy.core.host import require
 from epitaxy.core.storage import write_atomically
 from epitaxy.interop.ast_petl_base import base_names, base_tensors
 from epitaxy.interop.ast_petl_names import COUNTER, ENTRIES, HEAD, PREFIXES, Style, links
-from epitaxy.interop.ast_petl_state import FILE, read_state
+from epitaxy.interop.ast_petl_state import FILE
 from epitaxy.interop.peft_config import base_value
+from epitaxy.interop.state_dicts import read_state
 
 
 def write(model: nn.Module, target: Path, name: str) -> None:

@@ -14,8 +14,9 @@ from epitaxy.core import files
 from epitaxy.core.files import Contents, Format, register_format
 from epitaxy.core.storage import read_shapes
 from epitaxy.interop.peft_config import CONFIG, PICKLE, PREFIX, TENSORS, LoraConfig, read_config
-from epitaxy.interop.peft_read import FACTOR, load_tensors, read, tensor_file
+from epitaxy.interop.peft_read import FACTOR, read, tensor_file
 from epitaxy.interop.peft_write import write
+from epitaxy.interop.state_dicts import read_state
 
 
 def recognises(path: Path) -> bool:
@@ -33,7 +34,7 @@ def inspect(path: Path) -> Contents:
     if file.name == TENSORS:
         shapes = read_shapes(file)[0]
     else:
-        shapes = {key: tuple(tensor.shape) for key, tensor in load_tensors(file).items()}
+        shapes = {key: tuple(tensor.shape) for key, tensor in read_state(file).items()}
     raw = config.raw
     library = raw.get("auto_mapping")
     made_on = library.get("base_model_class") if isinstance(library, dict) else None

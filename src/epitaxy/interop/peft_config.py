@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from epitaxy.core.anatomy import is_linear
 from epitaxy.core.errors import FormatError
 from epitaxy.core.host import hosted
+from epitaxy.core.kinds import is_linear
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from epitaxy.core.adapter import Adapter
-from epitaxy.core.anatomy import Anatomy, base_modules, describe, is_linear, is_norm
+from epitaxy.core.anatomy import Anatomy, base_modules, describe
 from epitaxy.core.edits import Delta, Swap
 from epitaxy.core.edits.head import Replace
 from epitaxy.core.errors import EpitaxyError, FormatError
 from epitaxy.core.files import fill
 from epitaxy.core.host import attach, detach, hosted
+from epitaxy.core.kinds import is_linear, is_norm
 from epitaxy.core.registry import Composition
 from epitaxy.core.sites import width_out
-from epitaxy.core.storage import read_tensors
 from epitaxy.interop.peft_config import (
     ALL_LINEAR,
     CONFIG,
@@ -37,6 +36,7 @@ from epitaxy.interop.peft_config import (
 )
 from epitaxy.interop.peft_names import names_in_file
 from epitaxy.interop.places import where
+from epitaxy.interop.state_dicts import read_state
 from epitaxy.methods.bitfit import BitFit
 from epitaxy.methods.head import Head
 from epitaxy.methods.lora import LoRA
@@ -71,7 +71,7 @@ def read(model: nn.Module, path: Path, name: str) -> Adapter:
     """Put the PEFT LoRA at ``path`` on ``model``; raises ``FormatError`` and leaves the model as it was otherwise."""
     folder = path if path.is_dir() else path.parent
     config, file = read_config(folder / CONFIG), tensor_file(folder)
-    stored = sort(load_tensors(file), file)
+    stored = sort(read_state(file), file)
     naming = names_in_file(model, stored.modules(), str(file))
     record = hosted(model)
     anatomy = record.anatomy if record is not None else describe(model)
@@ -102,22 +102,6 @@ def tensor_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FormatError(f"{folder}: {CONFIG} is there but neither {TENSORS} nor {PICKLE} is")
-
-
-def load_tensors(file: Path) -> Mapping[str, Tensor]:
-    """The tensors of ``file``; ``.bin`` files may hold plain tensors and nothing else."""
-    if file.name == TENSORS:
-        return read_tensors(file)[0]
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"{file}: not a readable file of plain tensors ({reason})") from None
-    entries = content.items() if isinstance(content, dict) else ()
-    tensors = {key: value for key, value in entries if isinstance(key, str) and isinstance(value, Tensor)}
-    if not isinstance(content, dict) or len(tensors) != len(content):
-        raise FormatError(f"{file}: expected a mapping of names to tensors")
-    return tensors
 
 
 def sort(tensors: Mapping[str, Tensor], file: Path) -> Stored:

@@ -16,12 +16,13 @@ import yaml
 from torch import Tensor, nn
 
 from epitaxy.core.adapter import Adapter, Piece
-from epitaxy.core.anatomy import base_modules, is_fused, is_norm
+from epitaxy.core.anatomy import base_modules
 from epitaxy.core.edits import Delta, Edit, Swap
 from epitaxy.core.edits.head import Replace
 from epitaxy.core.errors import FormatError, UnsupportedError
 from epitaxy.core.files import CARD, whole_tensors
 from epitaxy.core.host import require
+from epitaxy.core.kinds import is_fused, is_norm
 from epitaxy.core.registry import methods_in
 from epitaxy.core.storage import read_tensors, write_atomically
 from epitaxy.interop.peft_config import CLASSIFIERS, CONFIG, PREFIX, TENSORS, LoraConfig, base_value, obstacle

@@ -7,9 +7,7 @@ model's by role, and a file that is not used up, or that is of another base, is 
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +23,8 @@ from epitaxy.core.files import Contents, fill
 from epitaxy.core.host import attach, detach, hosted, unwrap
 from epitaxy.core.layouts import SPECIAL_TOKENS
 from epitaxy.core.registry import Composition, methods_in, to_config
-from epitaxy.core.storage import read_tensors
 from epitaxy.interop.peft_config import base_value
+from epitaxy.interop.state_dicts import read_state
 from epitaxy.methods.head import Head
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -89,27 +87,8 @@ class Reading:
 
 
 def plain_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of ``file`` by name; pickles may hold plain values and nothing else."""
-    if file.suffix == ".safetensors":
-        return read_tensors(file)[0]
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"holds {wanted[1]}" if wanted else "is no file of plain tensors"
-        raise FormatError(
-            f"{file}: {what}, and nothing is unpickled; save the state dict alone, torch.save(checkpoint['model'], ...)"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"{file}: not a readable file of plain tensors ({reason})") from None
-    for name in INNER:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-    if not isinstance(content, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
-        raise FormatError(f"{file}: expected a mapping of names to tensors")
+    """The tensors of ``file`` by name, without the prefix of a data-parallel wrapper."""
+    content = read_state(file, INNER)
     wrapped = all(key.startswith("module.") for key in content)
     return {key.removeprefix("module.") if wrapped else key: value for key, value in content.items()}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, get_args
 
 from epitaxy.core.edits import Edit
 from epitaxy.core.errors import EpitaxyError, expect_one_of
@@ -66,6 +66,16 @@ class Cutting:
         owners = owners_of(random_scores(self.seed, key, shape), self.rule.parts, self.partition)
         initial = random_kaiming(self.seed, f"{key}/start", shape) if projection == "down" else None
         return Parts(self.rule, clock, place, owners, initial, stored=self.stored)
+
+
+Plain = TypeVar("Plain")
+
+
+def without_parts(config: Any, kind: type[Plain]) -> Plain:
+    """The method ``kind`` with the fields that ``config`` shares with it."""
+    names = {field.name for field in fields(config)}
+    shared = {field.name for field in fields(kind)} & names  # type: ignore[arg-type]
+    return kind(**{name: getattr(config, name) for name in shared})
 
 
 def ticker_for(site: Site, clock: Clock) -> list[tuple[str, Edit]]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from epitaxy.core.anatomy import is_linear, linear_sizes
 from epitaxy.core.edits import Edit
 from epitaxy.core.edits.head import POOLINGS, PooledHead, Pooling, Replace
 from epitaxy.core.errors import EpitaxyError, SiteError, UnsupportedError
+from epitaxy.core.kinds import is_linear, linear_sizes
 from epitaxy.core.layouts import LANGUAGE_HEADS
 from epitaxy.core.registry import method
 from epitaxy.core.sites import Site

@@ -10,7 +10,7 @@ from torch import nn
 from epitaxy.core.adapter import Adapter
 from epitaxy.core.edits import Branch, Delta
 from epitaxy.core.errors import StateError, UnsupportedError
-from epitaxy.core.host import attach, detach, rename, require, unwrap
+from epitaxy.core.host import attach, detach, rename, require_one, unwrap
 from epitaxy.core.registry import Composition, methods_in
 from epitaxy.methods.bottleneck import TwoLayerMLP
 from epitaxy.methods.cutting import Cutting
@@ -31,11 +31,7 @@ def merge_parts(model: nn.Module, name: str | None = None) -> Adapter:
     adapter without parts, ``StateError`` for one that does not exist or is merged; the model is then unchanged.
     """
     model = unwrap(model)
-    record = require(model, name)
-    if name is None:
-        if len(record.adapters) != 1:
-            raise StateError(f"say which adapter to merge: {', '.join(record.adapters)}")
-        name = next(iter(record.adapters))
+    record, name = require_one(model, name, "merge")
     adapter, active = record.adapters[name], record.state.active
     if not has_parts(adapter.method):
         kinds = " + ".join(part.method_name for part in methods_in(adapter.method))

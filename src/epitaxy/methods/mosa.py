@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from epitaxy.core.edits import Edit, Insertion, Order, Reads, Scale
-from epitaxy.core.errors import EpitaxyError, expect_dropout, expect_one_of
+from epitaxy.core.errors import EpitaxyError, expect_one_of
 from epitaxy.core.registry import declare, method
 from epitaxy.core.sites import Site
-from epitaxy.methods.bottleneck import ACTIVATIONS, Activation, Bottleneck, Norm, TwoLayerMLP
-from epitaxy.methods.cutting import Cutting, Split, ticker_for
+from epitaxy.methods.bottleneck import Activation, Bottleneck, Norm, TwoLayerMLP
+from epitaxy.methods.cutting import Cutting, Split, ticker_for, without_parts
 from epitaxy.methods.draws import Clock, place_of
 from epitaxy.methods.mosa_module import BiasBy, SparseMLP
 from epitaxy.methods.partition import Partition
@@ -66,14 +66,9 @@ class MoSA:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.bottleneck < 1:
-            raise EpitaxyError(f"bottleneck must be at least 1, got {self.bottleneck}")
-        expect_dropout(self.dropout)
-        expect_one_of("activation", self.activation, ACTIVATIONS)
-        expect_one_of("norm", self.norm, get_args(Norm))
+        self.plain, self.cutting  # noqa: B018  (check their fields)
         expect_one_of("bias", self.bias, get_args(BiasBy))
         expect_one_of("balance", self.balance, get_args(Balance))
-        self.cutting  # noqa: B018  (checks its fields)
         if self.balance == "saliency" and (self.partition, self.split) != ("element", "up"):
             raise EpitaxyError(
                 "balance: 'saliency' needs partition='element' and split='up', because only the elements of `up` have "
@@ -104,19 +99,7 @@ class MoSA:
     @property
     def plain(self) -> Bottleneck:
         """The adapter that all parts merge into."""
-        return Bottleneck(
-            at=self.at,
-            bottleneck=self.bottleneck,
-            reduction=self.reduction,
-            order=self.order,
-            residual=self.residual,
-            norm=self.norm,
-            reads=self.reads,
-            scale=self.scale,
-            activation=self.activation,
-            dropout=self.dropout,
-            layers=self.layers,
-        )
+        return without_parts(self, Bottleneck)
 
     @classmethod
     def adaptformer(cls, bottleneck: int = 64, parts: int = 4, partition: Partition = "element", seed: int = 0) -> MoSA:

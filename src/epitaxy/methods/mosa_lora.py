@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from epitaxy.core.edits import Delta, Edit
 from epitaxy.core.registry import method
 from epitaxy.core.sites import Site
-from epitaxy.methods.cutting import Cutting, Split, ticker_for
+from epitaxy.methods.cutting import Cutting, Split, ticker_for, without_parts
 from epitaxy.methods.draws import Clock
 from epitaxy.methods.lora import LoRA
 from epitaxy.methods.partition import Partition
@@ -118,14 +118,7 @@ class MoSALoRA:
     @property
     def plain(self) -> LoRA:
         """The LoRA that all parts merge into."""
-        return LoRA(
-            at=self.at,
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            rank_stabilised=self.rank_stabilised,
-            layers=self.layers,
-        )
+        return without_parts(self, LoRA)
 
     @property
     def cutting(self) -> Cutting:

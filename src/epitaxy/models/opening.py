@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from epitaxy.core.anatomy import describe
-from epitaxy.core.errors import EpitaxyError, FormatError, nearest
+from epitaxy.core.errors import EpitaxyError, FormatError, meant, nearest
 from epitaxy.models.google_vit import google_processor, read_google
 from epitaxy.models.picture_size import resize_pictures, resized_processor
 from epitaxy.models.positions import How, resize_input
@@ -220,8 +220,7 @@ def _read(source: str, what: str, read: Any) -> Any:
     except SafetensorError as error:
         raise FormatError(f"{source}: its weights are truncated or not safetensors ({_first_line(error)})") from None
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError, TypeError) as error:
-        hint = nearest(source, SHIPPED) if source not in SHIPPED and "/" not in source else ""
-        hint = hint if "did you mean" in hint else ""
+        hint = meant(source, SHIPPED) if source not in SHIPPED and "/" not in source else ""
         raise FormatError(f"{source}: cannot open the model's {what}: {_first_line(error)}{hint}") from None
 
 

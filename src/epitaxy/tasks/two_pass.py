@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from epitaxy.core.errors import EpitaxyError, UnsupportedError, nearest
+from epitaxy.core.errors import EpitaxyError, UnsupportedError, meant
 from epitaxy.methods.draws import at_step
 from epitaxy.tasks import batch_rows, random_state
 from epitaxy.tasks.consistency import Consistency, distance, hidden_distance, pull
@@ -58,7 +58,7 @@ class TwoPass:
             value = getattr(self, name)
             if value not in known:
                 raise EpitaxyError(
-                    f"objective.{name} is one of {', '.join(known)}, got {value!r}{_hint(str(value), known)}"
+                    f"objective.{name} is one of {', '.join(known)}, got {value!r}{meant(str(value), known)}"
                 )
         for name in ("weight", "add", "deep", "warmup"):
             value = getattr(self, name)
@@ -206,8 +206,3 @@ def _weights(task: Any, batch: Any) -> Tensor | None:
     """What every position counts, where the task says so."""
     found = getattr(task, "weights", None)
     return None if found is None else found(batch)
-
-
-def _hint(value: str, known: tuple[str, ...]) -> str:
-    hint = nearest(value, known)
-    return hint if "did you mean" in hint else ""

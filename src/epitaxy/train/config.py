@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from epitaxy.core.errors import EpitaxyError, nearest
+from epitaxy.core.errors import EpitaxyError, meant
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -112,12 +112,9 @@ class TrainConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 value = getattr(self, name)
-                raise EpitaxyError(f"train.{name} is one of {', '.join(known)}, got {value!r}{_hint(value, known)}")
-
-
-def _hint(value: object, known: tuple[str, ...]) -> str:
-    hint = nearest(str(value), known)
-    return hint if "did you mean" in hint else ""
+                raise EpitaxyError(
+                    f"train.{name} is one of {', '.join(known)}, got {value!r}{meant(str(value), known)}"
+                )
 
 
 @dataclass(frozen=True)

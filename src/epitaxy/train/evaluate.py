@@ -15,7 +15,7 @@ from epitaxy.core.host import detach
 from epitaxy.data.image.spec import ImageSpec
 from epitaxy.data.splits import load_splits
 from epitaxy.tasks.classification import Classification
-from epitaxy.train.hearing import InputSpec, input_size, input_spec, open_for, saved_spec, stored_spec, task_for
+from epitaxy.train.front_ends import InputSpec, input_size, input_spec, open_for, saved_spec, stored_spec, task_for
 from epitaxy.train.recipe import Recipe
 
 

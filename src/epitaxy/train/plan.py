@@ -23,7 +23,7 @@ from epitaxy.core.host import activate
 from epitaxy.core.merge import merge, unmerge
 from epitaxy.tasks.classification import Classification
 from epitaxy.train.config import count_steps, evaluation_interval
-from epitaxy.train.hearing import FRONT_END, settings_of
+from epitaxy.train.front_ends import FRONT_END, settings_of
 from epitaxy.train.prepare import Prepared, prepare
 from epitaxy.train.probe import Measured, probe
 from epitaxy.train.recipe import Recipe

@@ -17,7 +17,7 @@ from epitaxy.data.audio.spec import AudioSpec
 from epitaxy.data.inputs import Piece, Windows, pieces
 from epitaxy.models.opening import Opened
 from epitaxy.tasks.classification import Classification
-from epitaxy.train.hearing import InputSpec, front_end_for, open_for, saved_spec, stored_spec
+from epitaxy.train.front_ends import InputSpec, front_end_for, open_for, saved_spec, stored_spec
 from epitaxy.train.run_directory import ADAPTER, MODEL, RESULT, is_run, read_json, read_recipe
 
 Aggregate = Literal["mean", "max"]

@@ -15,7 +15,7 @@ from epitaxy.data.splits import Splits, load_splits
 from epitaxy.methods.saliency import balance, wants_balance
 from epitaxy.models.opening import Opened
 from epitaxy.tasks.classification import Batch, Classification
-from epitaxy.train.hearing import input_spec, open_for, task_for
+from epitaxy.train.front_ends import input_spec, open_for, task_for
 from epitaxy.train.recipe import Recipe
 
 SALIENCY_BATCHES = 8

@@ -22,7 +22,7 @@ from epitaxy.tasks.metrics import Metrics
 from epitaxy.train import run_directory, samples
 from epitaxy.train.config import TrainResult
 from epitaxy.train.environment import describe_environment
-from epitaxy.train.hearing import FRONT_END, settings_of
+from epitaxy.train.front_ends import FRONT_END, settings_of
 from epitaxy.train.loop import train
 from epitaxy.train.prepare import Prepared, prepare
 from epitaxy.train.recipe import Recipe

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import is_linear, is_transposed_linear, linear_sizes, weight_of
 from epitaxy.core.edits.edit import Edit, cast, refuse_quantised, wide
 from epitaxy.core.errors import SiteError, UnsupportedError
+from epitaxy.core.kinds import is_linear, is_transposed_linear, linear_sizes, weight_of
 from epitaxy.core.route import Route
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,8 +28,6 @@ class Delta(Edit):
     or with ``spread`` both factors start normal with that deviation.  A generator may instead ``bind`` tensors of the
     same shapes, or with a leading batch dimension: one change per row of the batch; gradients flow into them.
     """
-
-    mergeable = True
 
     def __init__(
         self, host: nn.Module, rank: int, scale: float = 1.0, dropout: float = 0.0, spread: float | None = None

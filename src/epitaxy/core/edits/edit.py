@@ -30,7 +30,6 @@ class Edit(nn.Module):
 
     rowwise: ClassVar[bool] = True
     late: ClassVar[bool] = False
-    mergeable: ClassVar[bool] = False
     inert: ClassVar[bool] = False
     acts_before: bool = False
     acts_after: bool = True

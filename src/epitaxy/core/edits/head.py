@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import is_linear, is_transposed_linear, linear_sizes
 from epitaxy.core.edits.edit import Arguments, Edit, cast, output_tensor, refuse_quantised
 from epitaxy.core.edits.tap import Memo
 from epitaxy.core.edits.token_rows import leading, special_tokens, total
 from epitaxy.core.edits.tokens import Present, owners
 from epitaxy.core.errors import SiteError, UnsupportedError
+from epitaxy.core.kinds import is_linear, is_transposed_linear, linear_sizes
 from epitaxy.core.layouts import LANGUAGE_HEADS
 from epitaxy.core.route import Route
 
@@ -32,7 +32,6 @@ POOLINGS: tuple[str, ...] = get_args(Pooling)
 class Replace(Edit):
     """A task head: the host's output is that of a new linear map, of any number of outputs."""
 
-    mergeable = True
     exclusive = True
 
     def __init__(self, host: nn.Module, outputs: int | None = None) -> None:

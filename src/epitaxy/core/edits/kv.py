@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import INTERFACE_PREFIX, is_bypassed, uses_interface
+from epitaxy.core.anatomy import INTERFACE_PREFIX
 from epitaxy.core.edits.edit import Arguments, Edit, cast, output_tensor, with_output
 from epitaxy.core.edits.start import learned_rows
 from epitaxy.core.edits.tap import Memo, Tap
 from epitaxy.core.errors import SiteError, StateError, UnsupportedError
+from epitaxy.core.kinds import is_bypassed, uses_interface
 from epitaxy.core.route import Route
 from epitaxy.core.sites import width_out
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epitaxy.core.anatomy import is_norm
 from epitaxy.core.edits.edit import Edit, cast, refuse_quantised
 from epitaxy.core.errors import SiteError
+from epitaxy.core.kinds import is_norm
 
 NORMS = (nn.LayerNorm, nn.GroupNorm)
 BATCH_NORMS = nn.modules.batchnorm._NormBase  # instance norms too
@@ -25,7 +25,6 @@ BATCH_NORMS = nn.modules.batchnorm._NormBase  # instance norms too
 class Swap(Edit):
     """Trained changes (``absolute``: values) of 1-D parameters: the bias of any module, weight and bias of a norm."""
 
-    mergeable = True
     weight: nn.Parameter
     bias: nn.Parameter
 

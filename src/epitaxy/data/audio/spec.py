@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from epitaxy.core.errors import EpitaxyError, nearest
+from epitaxy.core.errors import EpitaxyError, meant, nearest
 from epitaxy.data.audio.waveform import Mono
 
 Short = Literal["pad", "silence", "mean", "repeat"]
@@ -89,10 +89,9 @@ class AudioSpec:
             value = getattr(self, name)
             if value not in known:
                 words = [str(choice) for choice in known if choice is not None]
-                hint = nearest(str(value), words)
                 raise EpitaxyError(
                     f"data.audio.{name} is one of {', '.join(words)}{' or [mean, std]' * (name == 'statistics')}, "
-                    f"got {value!r}{hint if 'did you mean' in hint else ''}"
+                    f"got {value!r}{meant(str(value), words)}"
                 )
 
     def stored(self) -> dict[str, Any]:

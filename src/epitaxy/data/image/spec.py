@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from epitaxy.core.errors import EpitaxyError, nearest
+from epitaxy.core.errors import EpitaxyError, meant, nearest
 
 Resize = Literal["exact", "short_side"]
 Crop = Literal["center", "random"]
@@ -63,10 +63,9 @@ class ImageSpec:
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
-                hint = nearest(str(value), known)
                 raise EpitaxyError(
                     f"data.image.{name} is one of {', '.join(known)}{' or [mean, std]' * (name == 'normalisation')}, "
-                    f"got {value!r}{hint if 'did you mean' in hint else ''}"
+                    f"got {value!r}{meant(str(value), known)}"
                 )
         if self.resize == "exact":
             for name, plain in (("side", None), ("crop", "center")):

@@ -1,6 +1,6 @@
-"""What a run needs for sounds: the model opened for the wanted clips, and a task fed by our front end.
+"""What a run needs of our front ends, for sounds and for pictures: a model opened for the input, and a task fed by it.
 
-Pictures that are prepared by our own rules pass through the same functions; see ``seeing``.
+What is for pictures alone is in ``seeing``.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def test_the_snippets_of_the_docs_run(page: str, code: str, monkeypatch: pytest.
 
     Snippets for another kind of model say so after the language: ```` ```python needs an AST ````.
     """
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", registry.methods())  # loaded first: what loads later would be lost
     names = {
         "epitaxy": epitaxy,
         "model": _unknown() if "Layout(" in code else open_classifier("reference-vit", "ab").model,
